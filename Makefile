@@ -1,0 +1,34 @@
+# `make demo` and `make test` work on a fresh machine: both build the environment first.
+VENV   ?= .venv
+# megatron-core >= 0.17 needs Python >= 3.12: the first interpreter found that really runs and is new enough.
+PYTHON ?= $(shell for p in python3.12 python3.13 python3 $$HOME/.pyenv/versions/3.12*/bin/python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12) or sys.version_info >= (3, 14))' >/dev/null 2>&1 && echo $$p && break; done)
+RUN     = $(VENV)/bin/python
+STAMP   = $(VENV)/.ready
+
+.PHONY: env demo test check format clean
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py
+	@test -n "$(PYTHON)" || { echo "no Python 3.12 or 3.13 found: install one, or say make PYTHON=/path/to/python3.12"; exit 1; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q --upgrade pip "setuptools>=77" wheel
+	$(RUN) -m pip install -q -e ".[dev]"
+	@touch $@
+
+check: env
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest -q tests/test_house.py
+
+format: env
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+test: env
+	$(RUN) -m pytest tests $(ARGS)
+
+clean:
+	rm -rf $(VENV) .matrix out build dist *.egg-info

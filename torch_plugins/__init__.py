@@ -1,0 +1,1 @@
+"""The mathematics of every feature, in torch and the standard library only."""
