@@ -1,0 +1,28 @@
+"""The decoder for Hugging Face transformers (5.x), with every plugin feature.
+
+Importing this package registers it with the Auto classes::
+
+    import torch_plugins.hf
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+Without the package, a saved folder carries its code::
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_plugin_decoder import PluginDecoderConfig
+from .modeling_plugin_decoder import PluginDecoderForCausalLM, PluginDecoderModel
+from .remote_code import write_remote_code
+
+__all__ = [
+    "PluginDecoderConfig",
+    "PluginDecoderForCausalLM",
+    "PluginDecoderModel",
+    "write_remote_code",
+]
+
+AutoConfig.register(PluginDecoderConfig.model_type, PluginDecoderConfig, exist_ok=True)
+AutoModel.register(PluginDecoderConfig, PluginDecoderModel, exist_ok=True)
+AutoModelForCausalLM.register(PluginDecoderConfig, PluginDecoderForCausalLM, exist_ok=True)

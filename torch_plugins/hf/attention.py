@@ -1,0 +1,143 @@
+"""Rotary embedding and attention of the decoder.
+
+Shapes: B batch, S query tokens, T key tokens, H query heads, K key-value heads, P head dimension,
+R rotated part of P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_plugin_decoder import PluginDecoderConfig
+
+
+class PluginDecoderRotaryEmbedding(nn.Module):
+    """Cosines and sines ``[B, S, R]`` of the rotated part ``R`` of each head.
+
+    The class name, ``original_inv_freq`` and ``compute_default_rope_parameters`` are what
+    transformers looks for to rebuild these non-persistent buffers in ``from_pretrained``.
+    """
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
+    def __init__(self, config: PluginDecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        init: Callable[..., tuple[Tensor, float]] = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            init = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = init(config, None)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: PluginDecoderConfig, device: torch.device | None = None, **kwargs: Any
+    ) -> tuple[Tensor, float]:
+        """``theta ** (-2i / R)`` for i in 0 .. R/2, and the scaling of cos and sin (none)."""
+        rotated = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponent = torch.arange(0, rotated, 2, dtype=torch.float, device=device) / rotated
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponent), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        freqs = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
+        angles = torch.cat((freqs, freqs), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def apply_rotary(x_BHSP: Tensor, cos_BSR: Tensor, sin_BSR: Tensor) -> Tensor:
+    """Rotate the first R features of each head, pair ``(i, i + R/2)`` at a time; keep the rest."""
+    rotated = cos_BSR.shape[-1]
+    x, rest = x_BHSP[..., :rotated], x_BHSP[..., rotated:]
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    out = x * cos_BSR.unsqueeze(1) + turned * sin_BSR.unsqueeze(1)
+    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
+
+
+def eager_attention(
+    module: nn.Module,
+    query_BHSP: Tensor,
+    key_BKTP: Tensor,
+    value_BKTP: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention written out; also returns the weights ``[B, H, S, T]``."""
+    groups = query_BHSP.shape[1] // key_BKTP.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key_BKTP, value_BKTP))
+    scores = torch.matmul(query_BHSP, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=wide).to(query_BHSP.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class PluginDecoderAttention(nn.Module):
+    """Causal grouped-query attention through transformers' attention interface."""
+
+    def __init__(self, config: PluginDecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.attention_multiplier
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = hidden_states.shape[:-1]
+        query, key, value = (
+            proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if position_embeddings is not None:
+            query = apply_rotary(query, *position_embeddings)
+            key = apply_rotary(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        out, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(out.reshape(*shape, -1).contiguous()), weights

@@ -1,0 +1,182 @@
+"""Configuration of the decoder: Llama and Granite conventions, and one field per plugin feature."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers.configuration_utils import PretrainedConfig
+
+from ..config import FEATURES, ConfigError, LadderResidual, did_you_mean
+from .remote_code import AUTO_MAP, write_remote_code
+
+NORMALIZATIONS = ("rmsnorm", "layernorm")
+POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
+
+
+class PluginDecoderConfig(PretrainedConfig):
+    """A pre-norm causal decoder.
+
+    With ``x`` the residual stream and ``m`` the ``residual_multiplier``, a layer without features
+    is ``x = x + m * attn(norm(x)); x = x + m * mlp(norm(x))``, and
+    ``logits = lm_head(norm(x)) / logits_scaling``.
+
+    Args:
+        num_key_value_heads: key and value heads; default: as many as query heads.
+        head_dim: default ``hidden_size / num_attention_heads``.
+        mlp_gated: True: ``down(act(gate(x)) * up(x))`` (SwiGLU with ``hidden_act="silu"``);
+            False: ``down(act(up(x)))``.
+        hidden_act: a name of ``transformers.activations.ACT2FN``.
+        normalization: ``rmsnorm`` or ``layernorm``.
+        norm_bias: bias of LayerNorm; RMSNorm has none.
+        attention_bias: bias of the q, k and v projections.
+        attention_output_bias: bias of the output projection; default: ``attention_bias``.
+        mlp_bias: bias of every MLP projection.
+        position_embedding_type: ``rope``, ``learned_absolute`` (a table of
+            ``max_position_embeddings`` rows added to the token embedding) or ``none``.
+        rope_parameters: ``{"rope_type", "rope_theta", "partial_rotary_factor", ...}``, as
+            transformers defines them; ignored without rope.
+        embedding_multiplier: scales the sum of token and position embedding.
+        attention_multiplier: scales query-key products; default ``head_dim ** -0.5``.
+        residual_multiplier: scales every module before it is added to the stream.
+        logits_scaling: divides the logits.
+        ladder_residual: ``{"layers": SPEC}`` or None; see ``torch_plugins.config.LadderResidual``.
+
+    Raises:
+        ConfigError: a value or key is not one of those above.
+    """
+
+    model_type = "plugin_decoder"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        hidden_act: str = "silu",
+        mlp_gated: bool = True,
+        normalization: str = "rmsnorm",
+        norm_eps: float = 1e-6,
+        norm_bias: bool = True,
+        attention_bias: bool = False,
+        attention_output_bias: bool | None = None,
+        mlp_bias: bool = False,
+        attention_dropout: float = 0.0,
+        position_embedding_type: str = "rope",
+        max_position_embeddings: int = 2048,
+        rope_parameters: dict[str, Any] | None = None,
+        embedding_multiplier: float = 1.0,
+        attention_multiplier: float | None = None,
+        residual_multiplier: float = 1.0,
+        logits_scaling: float = 1.0,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = False,
+        use_cache: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        ladder_residual: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.hidden_act = hidden_act
+        self.mlp_gated = mlp_gated
+        self.normalization = normalization
+        self.norm_eps = norm_eps
+        self.norm_bias = norm_bias
+        self.attention_bias = attention_bias
+        self.attention_output_bias = (
+            attention_bias if attention_output_bias is None else attention_output_bias
+        )
+        self.mlp_bias = mlp_bias
+        self.attention_dropout = attention_dropout
+        self.position_embedding_type = position_embedding_type
+        self.max_position_embeddings = max_position_embeddings
+        if position_embedding_type == "rope":
+            self.rope_parameters = dict(rope_parameters or {})
+        self.embedding_multiplier = embedding_multiplier
+        self.attention_multiplier = (
+            self.head_dim**-0.5 if attention_multiplier is None else attention_multiplier
+        )
+        self.residual_multiplier = residual_multiplier
+        self.logits_scaling = logits_scaling
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        self.ladder_residual = ladder_residual
+        self._check(kwargs)
+        super().__init__(**kwargs)
+        # Set after the base class, which resets the fields it knows to their defaults.
+        self.tie_word_embeddings = tie_word_embeddings
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+
+    def _check(self, unknown: dict[str, Any]) -> None:
+        """Reject what the model would misread. transformers keeps any unknown key in silence."""
+        if self.normalization not in NORMALIZATIONS:
+            raise ConfigError(f"normalization {self.normalization!r}: use one of {NORMALIZATIONS}")
+        if self.position_embedding_type not in POSITION_EMBEDDINGS:
+            raise ConfigError(
+                f"position_embedding_type {self.position_embedding_type!r}: "
+                f"use one of {POSITION_EMBEDDINGS}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_key_value_heads {self.num_key_value_heads}: "
+                f"must divide num_attention_heads {self.num_attention_heads}"
+            )
+        keys = [feature.key() for feature in FEATURES]
+        for key in unknown:
+            suggestion = did_you_mean(key, keys)
+            if "did you mean" in suggestion:
+                raise ConfigError(f"unknown config field {key!r}{suggestion}")
+        for feature in FEATURES:
+            section = getattr(self, feature.key())
+            if section is not None and not isinstance(section, dict):
+                raise ConfigError(
+                    f"{feature.key()} {section!r}: use a dict of its options, or null"
+                )
+        _ = self.ladder_layers
+
+    @property
+    def ladder_layers(self) -> tuple[int, ...]:
+        """Zero-based indices of the ladder layers; empty without the feature."""
+        if self.ladder_residual is None:
+            return ()
+        return LadderResidual.from_dict(self.ladder_residual).resolve(self.num_hidden_layers)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor parallelism: column-parallel into each module, row-parallel out of it."""
+        columns = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"]
+        columns += ["mlp.gate_proj"] if self.mlp_gated else []
+        plan = {f"layers.*.{name}": "colwise" for name in columns}
+        return plan | {f"layers.*.{n}": "rowwise" for n in ("self_attn.o_proj", "mlp.down_proj")}
+
+    @property
+    def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]] | None:
+        """Pipeline parallelism; None with ladder layers, whose two streams no such plan carries."""
+        if self.ladder_layers:
+            return None
+        return {
+            "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+            "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+            "norm": (["hidden_states"], ["hidden_states"]),
+        }
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save, with the modelling code beside it for ``trust_remote_code``."""
+        self.auto_map = dict(AUTO_MAP)
+        write_remote_code(save_directory)
+        super().save_pretrained(save_directory, **kwargs)

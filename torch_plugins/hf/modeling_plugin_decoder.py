@@ -1,0 +1,203 @@
+"""The decoder: Llama and Granite conventions, with every plugin feature as an option.
+
+Shapes: B batch, S tokens, D hidden size. Without features its state dict is, name for name, that of
+the ``llama`` and ``granite`` models of transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..ladder_residual import Streams, apply_layer, initial_streams
+from .attention import PluginDecoderAttention, PluginDecoderRotaryEmbedding
+from .configuration_plugin_decoder import PluginDecoderConfig
+from .mlp import PluginDecoderMLP
+from .norm import build_norm
+
+
+class PluginDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP around the residual stream, standard or ladder."""
+
+    def __init__(self, config: PluginDecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = PluginDecoderAttention(config, layer_idx)
+        self.mlp = PluginDecoderMLP(config)
+        self.input_layernorm = build_norm(config)
+        self.post_attention_layernorm = build_norm(config)
+        self.residual_multiplier = config.residual_multiplier
+        self.ladder = layer_idx in config.ladder_layers
+
+    def forward(
+        self, hidden_states: Tensor, attention_states: Tensor | None = None, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """One layer.
+
+        A model with ladder layers passes both streams and gets both back; one without passes and
+        gets the hidden states only. Streams are positional: reentrant checkpointing asks for it.
+        """
+
+        def attention(x: Tensor) -> Tensor:
+            return self.self_attn(self.input_layernorm(x), **kwargs)[0] * self.residual_multiplier
+
+        def mlp(x: Tensor) -> Tensor:
+            return self.mlp(self.post_attention_layernorm(x)) * self.residual_multiplier
+
+        if attention_states is None:
+            return apply_layer(
+                initial_streams(hidden_states), attention, mlp, ladder=False
+            ).hidden_states
+        return apply_layer(Streams(hidden_states, attention_states), attention, mlp, self.ladder)
+
+
+class PluginDecoderPreTrainedModel(PreTrainedModel):
+    config_class = PluginDecoderConfig
+    config: PluginDecoderConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PluginDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": PluginDecoderLayer,
+        "attentions": PluginDecoderAttention,
+    }
+
+
+class PluginDecoderModel(PluginDecoderPreTrainedModel):
+    """Embedding, layers and final norm; returns the last hidden states ``[B, S, D]``."""
+
+    def __init__(self, config: PluginDecoderConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.position_embedding_type == "learned_absolute":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(
+            PluginDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = build_norm(config)
+        if config.position_embedding_type == "rope":
+            self.rotary_emb = PluginDecoderRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _embed(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
+        if self.config.position_embedding_type == "learned_absolute":
+            inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
+        return inputs_embeds * self.config.embedding_multiplier
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            steps = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = (steps + past).unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rope = self.config.position_embedding_type == "rope"
+        kwargs |= {
+            "attention_mask": causal_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids) if rope else None,
+        }
+        embedding = self._embed(inputs_embeds, position_ids)
+        streams: tuple[Tensor, ...] = (embedding,)
+        if self.config.ladder_layers:
+            streams = initial_streams(embedding)
+        for layer in self.layers:
+            out = layer(*streams, **kwargs)
+            streams = out if isinstance(out, tuple) else (out,)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(streams[0]), past_key_values=past_key_values
+        )
+
+
+class PluginDecoderForCausalLM(PluginDecoderPreTrainedModel, GenerationMixin):
+    """The decoder with its language-model head: logits ``[B, S, vocab]``."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+
+    def __init__(self, config: PluginDecoderConfig) -> None:
+        super().__init__(config)
+        self.model = PluginDecoderModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """``logits_to_keep``: the last N positions (0: all), or their indices."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep]) / self.config.logits_scaling
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
