@@ -3,6 +3,21 @@
 Standard library only, no torch, and it never raises: an error here would break ``import torch``.
 """
 
+import os
+import sys
+
+_armed = False
+
 
 def activate() -> None:
-    """Arm the import watcher."""
+    """Arm the import watcher, once; ``MEGATRON_PLUGINS_DISABLE=1`` keeps it off."""
+    global _armed
+    if _armed or os.environ.get("MEGATRON_PLUGINS_DISABLE", "0") not in ("", "0"):
+        return
+    _armed = True
+    try:
+        from megatron_plugins.seams import patch
+
+        patch.arm()
+    except Exception as error:
+        print(f"megatron_plugins is off, it failed to load: {error!r}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""The only place that names upstream symbols: import watcher, ledger, patches, version window."""

@@ -1,0 +1,68 @@
+"""Every upstream symbol the plugins touch: where it lives, since when, why, and when it can go.
+
+Data only, standard library only. ``patch.py`` installs the rows that have a handler; ``doctor``
+prints them all; ``tests/megatron/test_seams.py`` checks them against the installed Megatron.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """One row. ``targets`` are ``module:attribute``: the places where the versions of the window
+    keep the symbol; one of them is enough."""
+
+    id: str
+    targets: tuple[str, ...]
+    feature: str
+    """Key of the feature that needs it; ``any``: all of them."""
+    why: str
+    remove_when: str
+    versions: str = "0.17-0.20"
+    handler: str | None = None
+    """``module:function`` of ours that wraps it, called as ``function(original, *args, **kwargs)``;
+    None: only called, read or subclassed."""
+
+
+HOOKS: tuple[Symbol, ...] = (
+    Symbol(
+        id="flags",
+        targets=("megatron.training.arguments:add_megatron_arguments",),
+        feature="any",
+        why="adds the plugins' argument groups to every launcher's parser",
+        remove_when="launchers read extra argument providers from installed packages",
+        handler="megatron_plugins.arguments:add_flags",
+    ),
+    Symbol(
+        id="validate",
+        targets=("megatron.training.arguments:validate_args",),
+        feature="any",
+        why="refuses combinations that cannot work before anything is built",
+        remove_when="upstream offers a validation hook",
+        handler="megatron_plugins.arguments:validate",
+    ),
+    Symbol(
+        id="config",
+        targets=(
+            "megatron.training.argument_utils:core_transformer_config_from_args",
+            "megatron.training.arguments:core_transformer_config_from_args",
+        ),
+        feature="any",
+        why="attaches config.megatron_plugins; 0.17 defines it in arguments, 0.18 and later in "
+        "argument_utils",
+        remove_when="TransformerConfig carries a field for extensions",
+        handler="megatron_plugins.arguments:attach",
+    ),
+    Symbol(
+        id="layers",
+        targets=("megatron.core.transformer.transformer_block:_get_block_submodules",),
+        feature="any",
+        why="the one place through which every GPTModel's layer specs pass",
+        remove_when="upstream lets a config rewrite layer specs",
+        handler="megatron_plugins.seams.doors:block_submodules",
+    ),
+)
+
+USED: tuple[Symbol, ...] = ()

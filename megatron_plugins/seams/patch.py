@@ -1,0 +1,138 @@
+"""Install the ledger's hooks as their modules are imported, and take them out again."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from megatron_plugins.seams import versions, watcher
+from megatron_plugins.seams.ledger import HOOKS, Symbol
+from torch_plugins.config import ConfigError
+
+_MARK = "__megatron_plugins_hook__"
+
+
+@dataclass
+class _Patch:
+    owner: Any
+    name: str
+    original: Any
+    replacement: Any
+    live: bool = True
+
+
+_applied: list[_Patch] = []
+failed: dict[str, Exception] = {}
+"""Hooks that could not be installed, by ledger id; an error only once a feature is on."""
+
+
+def wrap(owner: Any, name: str, handler: Callable[..., Any], mark: str) -> None:
+    """Replace ``owner.name`` by ``handler(original, *args, **kwargs)``.
+
+    Idempotent per ``mark``; the replacement keeps ``__wrapped__`` and the original's metadata.
+    """
+    original = getattr(owner, name)
+    if getattr(original, _MARK, None) == mark:
+        return
+    patch = _Patch(owner, name, original, None)
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        if not patch.live:  # undone, but somebody wrapped it since and still calls it
+            return original(*args, **kwargs)
+        return handler(original, *args, **kwargs)
+
+    setattr(replacement, _MARK, mark)
+    patch.replacement = replacement
+    setattr(owner, name, replacement)
+    _applied.append(patch)
+
+
+def undo_all() -> None:
+    """Take every patch out again; one that somebody else wrapped since becomes transparent."""
+    while _applied:
+        patch = _applied.pop()
+        patch.live = False
+        if getattr(patch.owner, patch.name, None) is patch.replacement:
+            setattr(patch.owner, patch.name, patch.original)
+
+
+def arm() -> None:
+    """Watch the modules of the ledger's hooks."""
+    for hook in HOOKS:
+        for target in hook.targets:
+            module_name, _, attribute = target.partition(":")
+            install = functools.partial(_install, hook, attribute)
+            try:
+                watcher.watch(module_name, install)
+            except ImportError as error:
+                failed[hook.id] = error
+
+
+def _install(hook: Symbol, attribute: str, module: ModuleType) -> None:
+    """Wrap one target; a failure waits in :data:`failed` until a feature asks for the hook."""
+    try:
+        owner, name = find(module, attribute)
+        if owner is None:
+            return
+        assert hook.handler is not None
+        handler_module, _, function = hook.handler.partition(":")
+        handler = getattr(importlib.import_module(handler_module), function)
+        wrap(owner, name, handler, hook.id)
+    except Exception as error:
+        failed[hook.id] = error
+        print(f"megatron_plugins: hook {hook.id!r} is off: {error!r}", file=sys.stderr)
+
+
+def require(key: str, flag: str) -> None:
+    """Raise unless this Megatron is supported and every hook feature ``key`` needs is in place.
+
+    Raises:
+        ConfigError: names the flag, the missing symbol and the version at hand.
+    """
+    version = versions.installed()
+    problem = versions.verdict(version)
+    if problem and version and version[:2] < versions.OLDEST:
+        raise ConfigError(f"{flag}: {problem}")
+    for symbol in HOOKS:
+        if symbol.feature in ("any", key) and state(symbol) == "missing":
+            cause = failed.get(symbol.id)
+            raise ConfigError(
+                f"{flag} needs {' or '.join(symbol.targets)} ({symbol.why}), known in "
+                f"{symbol.versions}: missing in megatron-core {versions.text(version)}"
+                + (f" ({cause!r})" if cause else "")
+                + "; run python -m megatron_plugins.doctor"
+            )
+
+
+def state(symbol: Symbol) -> str:
+    """``hooked``, ``waiting`` (its module is not imported yet) or ``missing``."""
+    modules = [sys.modules.get(target.partition(":")[0]) for target in symbol.targets]
+    for module, target in zip(modules, symbol.targets, strict=True):
+        owner, name = find(module, target.partition(":")[2]) if module else (None, "")
+        if owner is not None and is_hooked(getattr(owner, name), symbol.id):
+            return "hooked"
+    return "waiting" if symbol.id not in failed and not any(modules) else "missing"
+
+
+def is_hooked(function: Any, mark: str) -> bool:
+    """Whether our wrapper is ``function`` or lies under wrappers of others."""
+    while function is not None:
+        if getattr(function, _MARK, None) == mark:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def find(module: ModuleType, attribute: str) -> tuple[Any, str]:
+    """Owner and last name of ``attribute`` (``function`` or ``Class.method``); owner None: absent."""
+    owner: Any = module
+    *path, name = attribute.split(".")
+    for step in path:
+        owner = getattr(owner, step, None)
+    return (owner if hasattr(owner, name) else None), name
