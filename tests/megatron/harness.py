@@ -1,0 +1,156 @@
+"""Run a real Megatron training of a tiny GPT in gloo processes on this machine.
+
+    run = train("--tensor-model-parallel-size", 2, "--save", folder, processes=2)
+    run.losses, run.grad_norms      # full precision, by iteration
+
+Each process gets its place through RANK, WORLD_SIZE and MASTER_PORT; the first one that fails takes
+the others with it, and its output is in the error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+TRAIN_GPT = Path(__file__).with_name("train_gpt.py")
+
+TINY = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 "
+    "--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 20 "
+    "--exit-interval 6 --lr 1e-3 --lr-decay-style constant --eval-interval 1000 --eval-iters 0 "
+    "--log-interval 1 --save-interval 1000 --attention-dropout 0 --hidden-dropout 0 "
+    "--tokenizer-type NullTokenizer --vocab-size 255 --mock-data --num-workers 0 "
+    "--transformer-impl local --distributed-backend gloo --use-cpu-initialization "
+    "--no-gradient-accumulation-fusion --no-persist-layer-norm --no-masked-softmax-fusion "
+    "--no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion"
+).split()
+"""Six iterations of a GPT with 0.2 M parameters. A flag given again in a test wins.
+
+Runs stop by ``--exit-interval``: a changed ``--train-iters`` trips the scheduler check on resume.
+"""
+
+TIMED_OUT = -1
+
+_LOG_LINE = re.compile(r"iteration +(\d+)/.*lm loss: (\S+).*grad norm: (\S+)")
+
+
+@dataclass
+class Run:
+    """What a training left behind."""
+
+    returncode: int
+    """Of the first process that failed, else 0."""
+    output: str
+    """Output of all ranks, one after the other."""
+    iterations: list[dict[str, float]]
+    """``iteration``, ``lm loss``, ``grad_norm`` and what else was logged, exactly (train_gpt.py)."""
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {int(line["iteration"]): line["lm loss"] for line in self.iterations}
+
+    @property
+    def grad_norms(self) -> dict[int, float]:
+        return {int(line["iteration"]): line["grad_norm"] for line in self.iterations}
+
+    @property
+    def printed(self) -> dict[int, tuple[float, float]]:
+        """Loss and gradient norm as Megatron's log shows them, the only source for other scripts."""
+        return {int(i): (float(x), float(g)) for i, x, g in _LOG_LINE.findall(self.output)}
+
+
+def train(
+    *flags: object,
+    processes: int = 1,
+    script: Path = TRAIN_GPT,
+    environment: Mapping[str, str] | None = None,
+    check: bool = True,
+    timeout: float = 120,
+) -> Run:
+    """Train :data:`TINY` with ``flags`` on top, in ``processes`` processes on the CPU backend.
+
+    Raises:
+        AssertionError: ``check`` and a process failed, or ``timeout`` seconds went by; the message
+            holds the end of every rank's output.
+    """
+    command = [sys.executable, str(script), *TINY, *(str(flag) for flag in flags)]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        record = folder / "record.jsonl"
+        common = {
+            **os.environ,
+            "MEGATRON_PLUGINS_CPU": "1",
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "TRAIN_GPT_RECORD": str(record),
+            **(environment or {}),
+        }
+        ranks = []
+        for rank in range(processes):
+            log = stack.enter_context((folder / f"{rank}.log").open("w"))
+            ranks.append(
+                subprocess.Popen(
+                    command,
+                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+        try:
+            returncode = _wait(ranks, time.monotonic() + timeout)
+        finally:
+            for process in ranks:
+                _kill(process)
+        logs = [(folder / f"{rank}.log").read_text() for rank in range(processes)]
+        lines = record.read_text().splitlines() if record.exists() else []
+    run = Run(returncode, "\n".join(logs), [json.loads(line) for line in lines])
+    if check and returncode != 0:
+        tails = "\n".join(f"--- rank {rank}\n{log[-4000:]}" for rank, log in enumerate(logs))
+        cause = (
+            f"not finished in {timeout} s" if returncode == TIMED_OUT else f"exit code {returncode}"
+        )
+        raise AssertionError(f"{cause}: {' '.join(command)}\n{tails}")
+    return run
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], deadline: float) -> int:
+    """Exit code of the first process that fails; 0 when all succeed; or TIMED_OUT."""
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in ranks]
+        for code in codes:
+            if code:
+                return code
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.05)
+    return TIMED_OUT
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the process and whatever it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
