@@ -15,11 +15,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .configuration_plugin_decoder import PluginDecoderConfig
 from .modeling_plugin_decoder import PluginDecoderForCausalLM, PluginDecoderModel
 from .remote_code import write_remote_code
+from .stock import stock_config
 
 __all__ = [
     "PluginDecoderConfig",
     "PluginDecoderForCausalLM",
     "PluginDecoderModel",
+    "stock_config",
     "write_remote_code",
 ]
 

@@ -1,0 +1,177 @@
+"""Naive forward pass of an exported model: the ground truth of exports and tests.
+
+Written from the formulas alone, independent of ``torch_plugins/hf`` and of transformers, with no
+cache and no fused op, in the precision of the tensors it is given (fp64 for tests). It reads the
+tensors and the ``config.json`` of a ``plugin_decoder``, ``llama`` or ``granite`` folder.
+
+Shapes: B batch, S tokens, H heads, P head dimension, R rotated part of P.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import ConfigError, LadderResidual
+
+Tensors = Mapping[str, Tensor]
+Config = Mapping[str, Any]
+
+
+def logits(tensors: Tensors, config: Config, input_ids: Tensor) -> Tensor:
+    """Logits of every position.
+
+    The stream is kept as ``r + a + m``, with the last attention ``a`` and the last MLP ``m`` still
+    apart: the attention of a ladder layer reads ``r + a``, its MLP ``r + a + m``, each before the
+    other's new output is added (arXiv 2501.06589, section 3). A standard layer adds all first.
+
+    Args:
+        tensors: the state dict, in Hugging Face names.
+        config: the content of ``config.json``.
+        input_ids: ``[B, S]`` without padding.
+
+    Returns:
+        ``[B, S, vocab]`` in the dtype of the tensors.
+
+    Raises:
+        ConfigError: an activation, normalization, position embedding or RoPE type not known here.
+    """
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    ladder = ladder_layers(config)
+    scale = config.get("residual_multiplier", 1.0)
+    r = embed(tensors, config, input_ids, positions)
+    a = m = torch.zeros_like(r)
+    for index in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{index}"
+        if index in ladder:
+            r = r + a
+            a = scale * attention(tensors, config, layer, r, positions)
+            r = r + m
+            m = scale * mlp(tensors, config, layer, r)
+        else:
+            r = r + a + m
+            a = scale * attention(tensors, config, layer, r, positions)
+            m = scale * mlp(tensors, config, layer, r + a)
+    out = norm(tensors, config, "model.norm", r + a + m)
+    head = "lm_head" if "lm_head.weight" in tensors else "model.embed_tokens"
+    return out @ tensors[f"{head}.weight"].T / config.get("logits_scaling", 1.0)
+
+
+def ladder_layers(config: Config) -> tuple[int, ...]:
+    section = config.get("ladder_residual")
+    if section is None:
+        return ()
+    return LadderResidual.from_dict(section).resolve(config["num_hidden_layers"])
+
+
+def embed(tensors: Tensors, config: Config, input_ids: Tensor, positions: Tensor) -> Tensor:
+    x = tensors["model.embed_tokens.weight"][input_ids]
+    kind = config.get("position_embedding_type", "rope")
+    if kind == "learned_absolute":
+        x = x + tensors["model.embed_positions.weight"][positions]
+    elif kind not in ("rope", "none"):
+        raise ConfigError(f"position_embedding_type {kind!r} is unknown to the reference")
+    return x * config.get("embedding_multiplier", 1.0)
+
+
+def dense(tensors: Tensors, name: str, x: Tensor) -> Tensor:
+    y = x @ tensors[f"{name}.weight"].T
+    return y + tensors[f"{name}.bias"] if f"{name}.bias" in tensors else y
+
+
+def norm(tensors: Tensors, config: Config, name: str, x: Tensor) -> Tensor:
+    kind = config.get("normalization", "rmsnorm")
+    eps = config["norm_eps"] if "norm_eps" in config else config["rms_norm_eps"]
+    if kind == "layernorm":
+        x = x - x.mean(-1, keepdim=True)
+    elif kind != "rmsnorm":
+        raise ConfigError(f"normalization {kind!r} is unknown to the reference")
+    y = tensors[f"{name}.weight"] * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+    return y + tensors[f"{name}.bias"] if f"{name}.bias" in tensors else y
+
+
+def attention(tensors: Tensors, config: Config, layer: str, x: Tensor, positions: Tensor) -> Tensor:
+    """Pre-norm and causal attention, one query head at a time; head h reads group ``h * K / H``."""
+    heads = config["num_attention_heads"]
+    groups = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    scale = config.get("attention_multiplier")
+    scale = head_dim**-0.5 if scale is None else scale
+    x = norm(tensors, config, f"{layer}.input_layernorm", x)
+    q, k, v = (dense(tensors, f"{layer}.self_attn.{n}_proj", x) for n in "qkv")
+    future = positions[None, :] > positions[:, None]
+    outputs = []
+    for head in range(heads):
+        group = head * groups // heads
+        query = rotate(config, q[..., head * head_dim : (head + 1) * head_dim], positions)
+        key = rotate(config, k[..., group * head_dim : (group + 1) * head_dim], positions)
+        value = v[..., group * head_dim : (group + 1) * head_dim]
+        scores = (query @ key.transpose(-1, -2) * scale).masked_fill(future, -math.inf)
+        outputs.append(torch.softmax(scores, dim=-1) @ value)
+    return dense(tensors, f"{layer}.self_attn.o_proj", torch.cat(outputs, dim=-1))
+
+
+def rotate(config: Config, x: Tensor, positions: Tensor) -> Tensor:
+    """RoPE on ``[B, S, P]``: pair ``(i, i + R/2)`` turns by ``position * frequency_i``.
+
+    Angles are in fp32 as in every implementation, whatever the dtype of the model.
+    """
+    if config.get("position_embedding_type", "rope") != "rope":
+        return x
+    rope = config["rope_parameters"]
+    rotated = int(x.shape[-1] * rope.get("partial_rotary_factor", 1.0))
+    angles = positions[:, None].float() * rope_frequencies(rope, rotated).to(positions.device)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    half = rotated // 2
+    first, second, rest = x[..., :half], x[..., half:rotated], x[..., rotated:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def rope_frequencies(rope: Mapping[str, Any], rotated: int) -> Tensor:
+    """``theta ** (-2i / R)``; ``linear`` divides by ``factor``, ``llama3`` only the slow ones."""
+    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, rotated, 2).float() / rotated)
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return frequencies
+    if kind == "linear":
+        return frequencies / rope["factor"]
+    if kind == "llama3":
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return keep * frequencies + (1 - keep) * frequencies / rope["factor"]
+    raise ConfigError(
+        f"rope_type {kind!r} is unknown to the reference; use default, linear, llama3"
+    )
+
+
+def mlp(tensors: Tensors, config: Config, layer: str, x: Tensor) -> Tensor:
+    """Pre-norm, then ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` without a gate."""
+    name = config.get("hidden_act", "silu")
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"hidden_act {name!r} is unknown to the reference: {sorted(ACTIVATIONS)}")
+    x = norm(tensors, config, f"{layer}.post_attention_layernorm", x)
+    up = dense(tensors, f"{layer}.mlp.up_proj", x)
+    if f"{layer}.mlp.gate_proj.weight" in tensors:
+        inner = ACTIVATIONS[name](dense(tensors, f"{layer}.mlp.gate_proj", x)) * up
+    else:
+        inner = ACTIVATIONS[name](up)
+    return dense(tensors, f"{layer}.mlp.down_proj", inner)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": lambda x: x.clamp(min=0),
+    "relu2": lambda x: x.clamp(min=0) ** 2,
+}
