@@ -16,6 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+# torch 2.14 renamed both and warns at the old names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class InFlight:
     """The collective of one reduction; :meth:`wait` may be called any number of times."""
@@ -45,12 +49,13 @@ class _ReduceAsync(torch.autograd.Function):
         ctx.in_flight, ctx.group, ctx.sequence_parallel = in_flight, group, sequence_parallel
         if not sequence_parallel:
             buffer = partial_sums.contiguous()
-            in_flight.work = dist.all_reduce(buffer, group=group, async_op=True)
+            in_flight.work = dist.all_reduce(buffer.detach(), group=group, async_op=True)
             return buffer
         size = dist.get_world_size(group)
         reduced = partial_sums.new_empty(partial_sums.shape[0] // size, *partial_sums.shape[1:])
-        in_flight.work = dist.reduce_scatter_tensor(
-            reduced, partial_sums.contiguous(), group=group, async_op=True
+        # Detached: gloo copies into its output in a thread of its own, where autograd records.
+        in_flight.work = _reduce_scatter(
+            reduced.detach(), partial_sums.detach().contiguous(), group=group, async_op=True
         )
         return reduced
 
@@ -62,7 +67,7 @@ class _ReduceAsync(torch.autograd.Function):
             return grad, None, None, None
         size = dist.get_world_size(ctx.group)
         gathered = grad.new_empty(grad.shape[0] * size, *grad.shape[1:])
-        dist.all_gather_into_tensor(gathered, grad.contiguous(), group=ctx.group)
+        _all_gather(gathered, grad.contiguous(), group=ctx.group)
         return gathered, None, None, None
 
 
