@@ -1,4 +1,5 @@
-"""Entry point of the ``torch.backends`` group: torch calls :func:`activate` at the end of its import.
+"""Entry point of the ``torch.backends`` group: torch calls :func:`activate` at the end of its own
+import.
 
 Standard library only, no torch, and it never raises: an error here would break ``import torch``.
 """
@@ -16,8 +17,9 @@ def activate() -> None:
         return
     _armed = True
     try:
-        from megatron_plugins.seams import patch
+        from megatron_plugins.seams import doors, patch, watcher
 
         patch.arm()
+        watcher.before("megatron", doors.install_cpu)
     except Exception as error:
         print(f"megatron_plugins is off, it failed to load: {error!r}", file=sys.stderr)

@@ -1,25 +1,24 @@
 """The plugins' flags in Megatron's parser, and what follows from them.
 
-``add_flags``, ``validate`` and ``attach`` wrap upstream functions (see ``seams/ledger.py``). Without
-a plugin flag they add nothing but the flags' defaults to the namespace.
+:func:`add_flags`, :func:`validate` and :func:`attach` wrap upstream functions (seams/ledger.py).
+Without a plugin flag they only add the flags' defaults to the namespace.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import difflib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
+from megatron_plugins import cpu
+from megatron_plugins.features import adapter
 from megatron_plugins.refusals import refuse
-from megatron_plugins.seams import patch
+from megatron_plugins.seams import doors, patch
 from torch_plugins.config import FEATURES, ConfigError, did_you_mean
 
 _TYPES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float}
-
-CPU_FLAG = "--cpu-backend"
 
 
 def add_flags(
@@ -33,25 +32,29 @@ def add_flags(
         )
         group.add_argument(feature.flag(), action="store_true", help=f"Turn {feature.title} on.")
         for field in dataclasses.fields(feature):
-            # None until given, so that a field flag without its enabling flag can be told.
+            # None until typed: a field's flag without the feature's own must be told apart.
             group.add_argument(
                 feature.flag(field.name),
                 type=_TYPES[str(field.type)],
                 metavar=field.metadata["metavar"],
-                help=f"{field.metadata['help']} Default: {field.default}.",
+                help=f"{field.metadata['help']} Default: {field.default}.".replace("%", "%%"),
             )
     group = parser.add_argument_group("CPU backend (plugin)")
     group.add_argument(
-        CPU_FLAG,
+        cpu.FLAG,
         action="store_true",
-        help="Run on the CPU over gloo, for tests and small models. Also MEGATRON_PLUGINS_CPU=1.",
+        help=f"Run on the CPU over gloo, for tests and small models; also {cpu.VARIABLE}=1.",
     )
-    parser.parse_known_args = _checked(parser, parser.parse_known_args)  # type: ignore[method-assign]
-    return parser
+    return _on_parser(parser)
 
 
-def _checked(parser: ArgumentParser, parse_known_args: Callable[..., Any]) -> Callable[..., Any]:
-    """Check what was typed right after the parser read it; every way of parsing passes here."""
+def _on_parser(parser: Any) -> ArgumentParser:
+    """Check what was typed right after the parser has read it: every way of parsing passes here.
+
+    Also keep ``--help`` alive: 0.19 and 0.20 have help texts with a bare ``%``, at which argparse
+    gives up.
+    """
+    parse_known_args, format_help = parser.parse_known_args, parser.format_help
 
     def checked(*args: Any, **kwargs: Any) -> tuple[Namespace, list[str]]:
         namespace, unknown = parse_known_args(*args, **kwargs)
@@ -59,12 +62,21 @@ def _checked(parser: ArgumentParser, parse_known_args: Callable[..., Any]) -> Ca
         check_typed(namespace)
         return namespace, unknown
 
-    return checked
+    def repaired() -> str:
+        for action in parser._actions:
+            try:
+                _ = (action.help or "") % vars(action)
+            except (KeyError, TypeError, ValueError):
+                action.help = action.help.replace("%", "%%")
+        return format_help()
+
+    parser.parse_known_args, parser.format_help = checked, repaired
+    return parser
 
 
 def own_flags() -> list[str]:
-    """Every flag of ours."""
-    flags = [CPU_FLAG]
+    """Every flag of the plugins."""
+    flags = [cpu.FLAG]
     for feature in FEATURES:
         flags.append(feature.flag())
         flags.extend(feature.flag(field.name) for field in dataclasses.fields(feature))
@@ -72,26 +84,27 @@ def own_flags() -> list[str]:
 
 
 def check_unknown(unknown: Sequence[str]) -> None:
-    """Raise for a word the parser did not know that was meant for us.
+    """Raise for a word that the parser did not know and that was meant for us.
 
     Raises:
-        ConfigError: an unknown flag with a feature's prefix.
+        ConfigError: an unknown flag with a feature's prefix, or nearly one of ours.
     """
     prefixes = tuple(f"--{feature.prefix}-" for feature in FEATURES)
     for word in unknown:
         flag = word.partition("=")[0]
-        if flag.startswith(prefixes):
+        nearly = difflib.get_close_matches(flag, own_flags(), n=1, cutoff=0.85)
+        if flag.startswith(prefixes) or nearly:
             raise ConfigError(f"unknown flag {flag}{did_you_mean(flag, own_flags())}")
 
 
 def check_typed(args: Namespace) -> None:
-    """Fill in field defaults, and reject what can only be a mistake.
+    """Fill in the fields' defaults, and reject what can only be a mistake.
 
     Raises:
-        ConfigError: a field's flag without the feature's own, or any of our flags with --yaml-cfg,
-            for which Megatron throws the command line away.
+        ConfigError: a field's flag without the feature's own; any flag of ours with --yaml-cfg, for
+            which Megatron throws the command line away; a CPU backend that could not start.
     """
-    typed = [CPU_FLAG] if args.cpu_backend else []
+    typed = [cpu.FLAG] if args.cpu_backend else []
     for feature in FEATURES:
         on = getattr(args, feature.key())
         typed += [feature.flag()] if on else []
@@ -106,9 +119,10 @@ def check_typed(args: Namespace) -> None:
                 setattr(args, feature.dest(field.name), field.default)
     if typed and getattr(args, "yaml_cfg", None) is not None:
         raise ConfigError(
-            f"{', '.join(typed)} with --yaml-cfg {args.yaml_cfg}: with a YAML file Megatron ignores "
-            "the command line, the flag would be lost; give Megatron's options as flags"
+            f"{', '.join(typed)} with --yaml-cfg {args.yaml_cfg}: Megatron ignores the command "
+            "line when it reads a YAML file; give its options as flags instead"
         )
+    doors.check_cpu(args.cpu_backend)
 
 
 def features_of(args: Namespace) -> dict[str, Any]:
@@ -122,9 +136,12 @@ def features_of(args: Namespace) -> dict[str, Any]:
     return active
 
 
-def adapter(key: str) -> ModuleType:
-    """The module of a feature in this package; same file name as everywhere."""
-    return importlib.import_module(f"megatron_plugins.{key}")
+def set_features(args: Namespace, features: dict[str, Any]) -> None:
+    """Turn ``features`` on in a namespace, as if they had been typed."""
+    for key, feature in features.items():
+        setattr(args, key, True)
+        for name, value in feature.to_dict().items():
+            setattr(args, feature.dest(name), value)
 
 
 def validate(original: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
@@ -134,23 +151,21 @@ def validate(original: Callable[..., Any], args: Namespace, *rest: Any, **kwargs
         ConfigError: a refused combination, a feature without any layer, or a missing hook.
     """
     result = original(args, *rest, **kwargs)
-    for key, feature in features_of(args).items():
-        patch.require(key, feature.flag())
-        refuse(args, feature.flag(), adapter(key).REFUSED)
-        if not feature.resolve(args.num_layers):
-            raise ConfigError(
-                f"{feature.flag()} with {feature.flag('layers')} {feature.layers}: no layer of "
-                f"{args.num_layers} would use it; name some, or drop {feature.flag()}"
-            )
-        adapter(key).validate(args, feature)
+    check_features(args, features_of(args))
     return result
 
 
-def attach(original: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
-    """Wrap of ``core_transformer_config_from_args``: ``config.megatron_plugins`` = active features.
+def check_features(args: Namespace, features: dict[str, Any]) -> None:
+    """What every active feature demands of validated arguments, before anything is built."""
+    for key, feature in features.items():
+        patch.require(key, feature.flag())
+        refuse(args, feature.flag(), adapter(key).REFUSED)
+        adapter(key).validate(args, feature)
 
-    The attribute is absent when none is active.
-    """
+
+def attach(original: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+    """Wrap of ``core_transformer_config_from_args``: ``config.megatron_plugins``, a dictionary of
+    the active features; absent when there is none."""
     config = original(args, *rest, **kwargs)
     features = features_of(args)
     if features:

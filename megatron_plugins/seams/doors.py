@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
+
+cpu_error: Exception | None = None
+"""Why the CPU backend did not start; raised once Megatron parses its arguments."""
 
 
 def block_submodules(
     original: Callable[..., Any], config: Any, spec: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Submodules of a TransformerBlock, its layer specs rewritten when ``config`` has plugins."""
-    if not getattr(config, "megatron_plugins", None):
+    """Submodules of a TransformerBlock, its layer specs rewritten when plugins are on, or may be
+    because a spec of ours was imported."""
+    if (
+        not getattr(config, "megatron_plugins", None)
+        and "megatron_plugins.specs" not in sys.modules
+    ):
         return original(config, spec, *args, **kwargs)
     from megatron_plugins import layers
 
     return layers.block_submodules(original, config, spec, *args, **kwargs)
+
+
+def install_cpu() -> None:
+    """Start the CPU backend if it was asked for; called just before Megatron is first imported.
+
+    A process that never imports Megatron, such as torchrun's own, keeps torch as it is.
+    """
+    global cpu_error
+    try:
+        from megatron_plugins import cpu
+
+        if cpu.wanted(sys.argv, os.environ):
+            cpu.install()
+    except Exception as error:
+        cpu_error = error
+
+
+def check_cpu(flag_given: bool) -> None:
+    """Raise what kept the CPU backend from starting.
+
+    Raises:
+        ConfigError: it refused to start, or its flag came too late to be seen.
+    """
+    if cpu_error is not None:
+        raise cpu_error
+    from megatron_plugins import cpu
+    from torch_plugins.config import ConfigError
+
+    if flag_given and not cpu.installed():
+        raise ConfigError(
+            f"{cpu.FLAG} was not on the command line when Megatron was imported; put it there, or "
+            f"set {cpu.VARIABLE}=1"
+        )

@@ -63,6 +63,39 @@ HOOKS: tuple[Symbol, ...] = (
         remove_when="upstream lets a config rewrite layer specs",
         handler="megatron_plugins.seams.doors:block_submodules",
     ),
+    Symbol(
+        id="activity",
+        targets=("megatron.training.training:setup_model_and_optimizer",),
+        feature="any",
+        why="the last call before training: a feature that no layer uses is an error there",
+        remove_when="never: a flag that does nothing must be told",
+        handler="megatron_plugins.activity:report",
+    ),
+    Symbol(
+        id="checkpoint-args",
+        targets=("megatron.training.checkpointing:load_args_from_checkpoint",),
+        feature="any",
+        why="--use-checkpoint-args restores the plugins' flags too",
+        remove_when="upstream restores arguments it does not know",
+        handler="megatron_plugins.checkpoints:restore",
+    ),
+    Symbol(
+        id="checkpoint-check",
+        targets=("megatron.training.checkpointing:_load_base_checkpoint",),
+        feature="any",
+        why="compares the features of run and checkpoint; upstream's check_checkpoint_args is "
+        "skipped by --finetune and sees only its own arguments",
+        remove_when="upstream offers a check of saved arguments for extensions",
+        handler="megatron_plugins.checkpoints:compare",
+    ),
 )
 
-USED: tuple[Symbol, ...] = ()
+USED: tuple[Symbol, ...] = (
+    Symbol(
+        id="get-args",
+        targets=("megatron.training.global_vars:get_args",),
+        feature="any",
+        why="the arguments of the run, where upstream passes none",
+        remove_when="never",
+    ),
+)

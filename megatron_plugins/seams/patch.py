@@ -130,7 +130,7 @@ def is_hooked(function: Any, mark: str) -> bool:
 
 
 def find(module: ModuleType, attribute: str) -> tuple[Any, str]:
-    """Owner and last name of ``attribute`` (``function`` or ``Class.method``); owner None: absent."""
+    """Owner and last name of ``attribute`` (``function`` or ``Class.method``); None: absent."""
     owner: Any = module
     *path, name = attribute.split(".")
     for step in path:

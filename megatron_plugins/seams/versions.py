@@ -33,7 +33,7 @@ def installed() -> tuple[int, int, int] | None:
     for folder in folders or ():
         source = Path(folder, "package_info.py")
         if source.exists():
-            numbers = dict(re.findall(r"^(MAJOR|MINOR|PATCH) *= *(\d+)", source.readtext(), re.M))
+            numbers = dict(re.findall(r"^(MAJOR|MINOR|PATCH) *= *(\d+)", source.read_text(), re.M))
             return int(numbers["MAJOR"]), int(numbers["MINOR"]), int(numbers["PATCH"])
     return None
 

@@ -73,7 +73,7 @@ class _Finder:
         finally:
             resolving.discard(name)
         if spec is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = _Loader(name, spec.loader)
+            spec.loader = _Loader(name, spec.loader)  # type: ignore[assignment]
         return spec
 
     def _ask_the_others(self, name: str, path: Any, target: Any) -> ModuleSpec | None:

@@ -1,0 +1,61 @@
+"""Say which plugins are active once the model is built; a flag that changed nothing is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_plugins import layers
+from megatron_plugins.arguments import features_of
+from torch_plugins.config import ConfigError
+
+
+def report(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Wrap of ``setup_model_and_optimizer``: rank 0 prints one line per active feature.
+
+    Raises:
+        ConfigError: a feature is on and a layer that should use it, in no process, does.
+    """
+    from megatron.training.global_vars import get_args
+
+    result = original(*args, **kwargs)
+    megatron_args = get_args()
+    features = features_of(megatron_args)
+    if features:
+        lines = summary(features, megatron_args.num_layers, gather(layers.ACTIVE))
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print("\n".join(lines), flush=True)
+    return result
+
+
+def gather(active: Mapping[str, set[int]]) -> dict[str, set[int]]:
+    """Union over all processes of the layers that a feature rewrote."""
+    everywhere: list[Any] = [dict(active)]
+    if dist.is_initialized():
+        everywhere *= dist.get_world_size()
+        dist.all_gather_object(everywhere, dict(active))
+    union: dict[str, set[int]] = {}
+    for one in everywhere:
+        for key, indices in one.items():
+            union.setdefault(key, set()).update(indices)
+    return union
+
+
+def summary(
+    features: Mapping[str, Any], num_layers: int, active: Mapping[str, set[int]]
+) -> list[str]:
+    """``["ladder-residual: 4 of 4 layers"]``; see :func:`report` for what is raised."""
+    lines = []
+    for key, feature in features.items():
+        wanted = set(feature.resolve(num_layers))
+        missing = sorted(wanted - active.get(key, set()))
+        if missing:
+            raise ConfigError(
+                f"{feature.flag()} is on, but layers {missing} of this model do not use it: only "
+                "GPTModel with a TransformerBlock does. Drop the flag, or run "
+                "python -m megatron_plugins.doctor"
+            )
+        lines.append(f"{feature.name}: {len(wanted)} of {num_layers} layers")
+    return lines

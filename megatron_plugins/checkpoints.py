@@ -1,0 +1,81 @@
+"""Plugin flags and checkpoints: weights of one function must not run as another in silence."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_plugins.arguments import features_of, set_features
+from torch_plugins.config import ConfigError
+
+
+def restore(original: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+    """Wrap of ``load_args_from_checkpoint`` (``--use-checkpoint-args``): features that the
+    checkpoint has and the command line does not name are turned on."""
+    result = original(args, *rest, **kwargs)
+    if isinstance(result, tuple):  # else there was no checkpoint, or none with arguments
+        given, saved = features_of(args), features_of(result[1])
+        missing = {key: feature for key, feature in saved.items() if key not in given}
+        set_features(args, missing)
+        for feature in missing.values():
+            print_rank_0(f"Setting {as_flags(feature)} from checkpoint")
+    return result
+
+
+def compare(
+    original: Callable[..., Any],
+    load_dir: str | None,
+    args: Namespace,
+    rank0: bool = False,
+    *rest: Any,
+    **kwargs: Any,
+) -> Any:
+    """Wrap of ``_load_base_checkpoint``, through which every load goes; ``rank0`` reads arguments
+    only, before those of this run are known."""
+    result = original(load_dir, args, rank0, *rest, **kwargs)
+    state_dict = result[0]
+    if state_dict is not None and not rank0:
+        check(args, state_dict.get("args") or Namespace(), str(load_dir))
+    return result
+
+
+def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
+    """Compare the features of this run with those of the checkpoint in ``folder``.
+
+    A standard checkpoint may become a plugin model, with a message; so may any with ``--finetune``.
+
+    Raises:
+        ConfigError: the checkpoint has a feature that this run lacks, or has with other values.
+    """
+    run, saved = features_of(args), features_of(saved_args)
+    for key in run.keys() - saved.keys():
+        print_rank_0(
+            f"{run[key].name}: standard checkpoint loaded into a {run[key].title} model: "
+            f"another function until retrained ({folder})"
+        )
+    for key, theirs in saved.items():
+        mine = run.get(key)
+        if mine is None or mine.resolve(args.num_layers) != theirs.resolve(args.num_layers):
+            told = f"has {as_flags(theirs)}, this run {as_flags(mine) if mine else 'does not'}"
+            if not args.finetune:
+                raise ConfigError(
+                    f"checkpoint {folder} {told}: its weights would compute another function. Give "
+                    f"{as_flags(theirs)}, or --use-checkpoint-args, or --finetune to retrain them"
+                )
+            print_rank_0(f"{theirs.name}: checkpoint {folder} {told}: retrain it")
+
+
+def as_flags(feature: Any) -> str:
+    """``--ladder-residual --ladder-layers all``."""
+    fields = [f"{feature.flag(name)} {value}" for name, value in feature.to_dict().items()]
+    return " ".join([feature.flag(), *fields])
+
+
+def print_rank_0(message: str) -> None:
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        print(message, flush=True)
