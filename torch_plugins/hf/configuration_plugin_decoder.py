@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 
 from ..config import FEATURES, ConfigError, LadderResidual, did_you_mean
@@ -131,6 +132,10 @@ class PluginDecoderConfig(PretrainedConfig):
                 f"position_embedding_type {self.position_embedding_type!r}: "
                 f"use one of {POSITION_EMBEDDINGS}"
             )
+        if self.hidden_act not in ACT2FN:
+            raise ConfigError(
+                f"hidden_act {self.hidden_act!r}{did_you_mean(self.hidden_act, list(ACT2FN))}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_key_value_heads {self.num_key_value_heads}: "
@@ -166,8 +171,16 @@ class PluginDecoderConfig(PretrainedConfig):
 
     @property
     def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]] | None:
-        """Pipeline parallelism; None with ladder layers, whose two streams no such plan carries."""
-        if self.ladder_layers:
+        """Pipeline parallelism, or None where it would be wrong.
+
+        A stage hands the next one a single tensor, as if it were an embedding: the two streams of
+        ladder layers do not fit, and an embedding multiplier or position table would act twice.
+        """
+        if (
+            self.ladder_layers
+            or self.embedding_multiplier != 1
+            or self.position_embedding_type == "learned_absolute"
+        ):
             return None
         return {
             "embed_tokens": (["input_ids"], ["inputs_embeds"]),

@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..config import ConfigError
 from ..ladder_residual import Streams, apply_layer, initial_streams
 from .attention import PluginDecoderAttention, PluginDecoderRotaryEmbedding
 from .configuration_plugin_decoder import PluginDecoderConfig
@@ -101,6 +102,15 @@ class PluginDecoderModel(PluginDecoderPreTrainedModel):
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
         return inputs_embeds * self.config.embedding_multiplier
 
+    def _check_pipeline(self) -> None:
+        """Refuse a pipeline stage (absent layers are ``nn.Identity``) that would be wrong."""
+        staged = any(isinstance(layer, nn.Identity) for layer in self.layers)
+        if staged and self.config.base_model_pp_plan is None:
+            raise ConfigError(
+                "pipeline parallelism cannot run this model (ladder_residual, embedding_multiplier "
+                "or learned_absolute positions); use tensor parallelism, or device_map"
+            )
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -115,6 +125,7 @@ class PluginDecoderModel(PluginDecoderPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        self._check_pipeline()
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
