@@ -191,5 +191,6 @@ class PluginDecoderConfig(PretrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save, with the modelling code beside it for ``trust_remote_code``."""
         self.auto_map = dict(AUTO_MAP)
-        write_remote_code(save_directory)
+        if self._auto_class is None:  # else loaded as remote code, which transformers copies itself
+            write_remote_code(save_directory)
         super().save_pretrained(save_directory, **kwargs)

@@ -1,7 +1,7 @@
 """Put the modelling code into a model folder, flat, as ``trust_remote_code`` expects it.
 
-Standard library only. It works from our package and from a folder it wrote itself, so a model
-loaded from an exported folder can be saved again.
+Standard library only. The folder carries this file because the configuration imports it; a model
+loaded from the folder is saved again by transformers itself.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ AUTO_MAP = {
 }
 """``auto_map`` of ``config.json``: file and class behind each Auto class."""
 
-FILES = (
-    "config.py",
-    "ladder_residual.py",
+SOURCES = (
+    "../config.py",
+    "../ladder_residual.py",
     "attention.py",
+    "configuration_plugin_decoder.py",
     "mlp.py",
+    "modeling_plugin_decoder.py",
     "norm.py",
     "remote_code.py",
-    "configuration_plugin_decoder.py",
-    "modeling_plugin_decoder.py",
 )
+"""What the decoder imports of ours, relative to this file."""
 
 
 def write_remote_code(folder: str | os.PathLike[str]) -> list[Path]:
@@ -35,15 +36,12 @@ def write_remote_code(folder: str | os.PathLike[str]) -> list[Path]:
     Returns:
         The files written.
     """
-    here = Path(__file__).resolve().parent
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     written = []
-    for name in FILES:
-        source = here / name if (here / name).exists() else here.parent / name
-        text = re.sub(
-            r"^(\s*from )\.\.(?=\w)", r"\1.", source.read_text("utf-8"), flags=re.MULTILINE
-        )
-        (target / name).write_text(text, "utf-8")
-        written.append(target / name)
+    for source in SOURCES:
+        text = (Path(__file__).parent / source).read_text("utf-8")
+        text = re.sub(r"^(\s*from )\.\.(?=\w)", r"\1.", text, flags=re.MULTILINE)
+        written.append(target / Path(source).name)
+        written[-1].write_text(text, "utf-8")
     return written
