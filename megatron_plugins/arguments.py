@@ -150,6 +150,8 @@ def validate(original: Callable[..., Any], args: Namespace, *rest: Any, **kwargs
     Raises:
         ConfigError: a refused combination, a feature without any layer, or a missing hook.
     """
+    if cpu.installed():
+        cpu.adjust_args(args)
     result = original(args, *rest, **kwargs)
     check_features(args, features_of(args))
     return result

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 from torch_plugins.config import ConfigError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from megatron_plugins.cpu.table import MODULE_PATCHES, PIECES
 
-__all__ = ["FLAG", "MODULE_PATCHES", "PIECES", "VARIABLE", "install", "wanted"]
+__all__ = ["FLAG", "MODULE_PATCHES", "PIECES", "VARIABLE", "adjust_args", "install", "wanted"]
 
 FLAG = "--cpu-backend"
 VARIABLE = "MEGATRON_PLUGINS_CPU"
@@ -75,6 +77,17 @@ def install(force: bool = False) -> None:
         for patch in patches:
             watcher.watch(module, patch)
     _installed = True
+
+
+def adjust_args(args: Namespace) -> None:
+    """Set Megatron's parsed, not yet validated options to what runs on a CPU; see :mod:`.args`.
+
+    Raises:
+        ConfigError: an option that cannot run on a CPU.
+    """
+    from megatron_plugins.cpu import args as options
+
+    options.adjust_args(args)
 
 
 def gpu_present() -> bool:

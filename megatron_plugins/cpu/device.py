@@ -20,12 +20,17 @@ FACTORIES = (
     "arange asarray as_tensor empty empty_like empty_strided eye full full_like linspace logspace "
     "ones ones_like rand rand_like randint randint_like randn randn_like randperm scalar_tensor "
     "tensor tril_indices triu_indices zeros zeros_like"
-).split()
-TENSOR_FACTORIES = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros".split()
+)
+TENSOR_FACTORIES = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros"
 LEGACY_TYPES = (
     "BFloat16Tensor BoolTensor ByteTensor CharTensor DoubleTensor FloatTensor HalfTensor "
     "IntTensor LongTensor ShortTensor"
-).split()
+)
+ZERO = (
+    "memory_allocated memory_reserved max_memory_allocated max_memory_reserved "
+    "device_memory_used utilization power_draw temperature clock_rate"
+)
+NOTHING = "empty_cache ipc_collect reset_peak_memory_stats reset_max_memory_allocated"
 
 
 def on_cpu(device: Any) -> Any:
@@ -87,14 +92,9 @@ def _availability() -> None:
 
 def _memory() -> None:
     cuda = torch.cuda
-    for name in (
-        "memory_allocated memory_reserved max_memory_allocated max_memory_reserved "
-        "device_memory_used utilization power_draw temperature clock_rate"
-    ).split():
+    for name in ZERO.split():
         replace(cuda, name, lambda device=None: 0)
-    for (
-        name
-    ) in "empty_cache ipc_collect reset_peak_memory_stats reset_max_memory_allocated".split():
+    for name in NOTHING.split():
         replace(cuda, name, lambda device=None: None)
     replace(cuda, "memory_stats", lambda device=None: defaultdict(int))
     replace(cuda, "memory_snapshot", list)
@@ -106,11 +106,11 @@ def _memory() -> None:
 
 
 def _device_arguments() -> None:
-    for name in FACTORIES:
+    for name in FACTORIES.split():
         replace(torch, name, redirect_device(getattr(torch, name)))
-    for name in TENSOR_FACTORIES:
+    for name in TENSOR_FACTORIES.split():
         replace(torch.Tensor, name, redirect_device(getattr(torch.Tensor, name)))
-    for name in LEGACY_TYPES:
+    for name in LEGACY_TYPES.split():
         replace(torch.cuda, name, getattr(torch, name))
 
     tensor_to, load, loader_init = torch.Tensor.to, torch.load, torch.utils.data.DataLoader.__init__

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,20 +26,24 @@ from pathlib import Path
 
 TRAIN_GPT = Path(__file__).with_name("train_gpt.py")
 
-TINY = (
-    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 "
-    "--max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 20 "
-    "--exit-interval 6 --lr 1e-3 --lr-decay-style constant --eval-interval 1000 --eval-iters 0 "
-    "--log-interval 1 --save-interval 1000 --attention-dropout 0 --hidden-dropout 0 "
-    "--tokenizer-type NullTokenizer --vocab-size 255 --mock-data --num-workers 0 "
-    "--transformer-impl local --distributed-backend gloo --use-cpu-initialization "
-    "--no-gradient-accumulation-fusion --no-persist-layer-norm --no-masked-softmax-fusion "
-    "--no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion"
-).split()
+TINY = shlex.split("""
+    --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32
+    --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 20
+    --exit-interval 6 --lr 1e-3 --lr-decay-style constant --eval-interval 1000 --eval-iters 0
+    --log-interval 1 --save-interval 1000 --attention-dropout 0 --hidden-dropout 0
+    --tokenizer-type NullTokenizer --vocab-size 255 --mock-data --num-workers 0
+    --use-cpu-initialization
+""")
 """Six iterations of a GPT with 0.2 M parameters. A flag given again in a test wins.
 
 Runs stop by ``--exit-interval``: a changed ``--train-iters`` trips the scheduler check on resume.
 """
+
+CPU_FLAGS = shlex.split("""
+    --transformer-impl local --distributed-backend gloo --no-persist-layer-norm
+    --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-rope-fusion
+""")
+"""What the CPU backend sets by itself, for runs with the plugins disabled."""
 
 TIMED_OUT = -1
 
@@ -54,7 +59,7 @@ class Run:
     output: str
     """Output of all ranks, one after the other."""
     iterations: list[dict[str, float]]
-    """``iteration``, ``lm loss``, ``grad_norm`` and what else was logged, exactly (train_gpt.py)."""
+    """``iteration``, ``lm loss``, ``grad_norm`` and what else is logged, exactly (train_gpt.py)."""
 
     @property
     def losses(self) -> dict[int, float]:
@@ -66,7 +71,7 @@ class Run:
 
     @property
     def printed(self) -> dict[int, tuple[float, float]]:
-        """Loss and gradient norm as Megatron's log shows them, the only source for other scripts."""
+        """Loss and gradient norm as the log shows them, the only source for other scripts."""
         return {int(i): (float(x), float(g)) for i, x, g in _LOG_LINE.findall(self.output)}
 
 

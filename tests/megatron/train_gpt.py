@@ -1,8 +1,9 @@
 """A small GPT through the installed Megatron's own training loop, as a user's script starts it.
 
-Wheels ship no pretrain_gpt.py; this covers the three ways in which those of the supported versions
-call ``pretrain``. Every rank reads its own copy of the batch. With ``TRAIN_GPT_RECORD=path`` the last
-rank also writes each iteration's loss and gradient norm there, exactly, as JSON lines.
+Wheels ship no pretrain_gpt.py; this covers the three ways in which those of the supported
+versions call ``pretrain``. Every rank reads its own copy of the batch. With
+``TRAIN_GPT_RECORD=path`` the last rank also writes each iteration's loss and gradient norm there,
+exactly, as JSON lines.
 """
 
 from __future__ import annotations
@@ -14,10 +15,6 @@ import os
 from pathlib import Path
 
 import torch
-
-from megatron_plugins import cpu
-
-cpu.install()
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
@@ -27,7 +24,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
 )
 from megatron.core.transformer.spec_utils import import_module
-from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_tokenizer, pretrain, training
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
@@ -108,7 +104,6 @@ def forward_step(data_iterator, model):
     tokens, labels, loss_mask, attention_mask, position_ids = (
         None if batch.get(key) is None else batch[key].cuda(non_blocking=True) for key in BATCH
     )
-    get_attr_wrapped_model(model, "vp_stage")
     output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
     return output, functools.partial(loss_func, loss_mask)
 
@@ -122,9 +117,9 @@ def record(path: str) -> None:
     def training_log(*args, **kwargs):
         values = signature.bind(*args, **kwargs).arguments
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            line = {"iteration": values["iteration"], "grad_norm": float(values["grad_norm"])}
-            for name, value in values["loss_dict"].items():
-                line[name] = float(value)
+            line = {"iteration": values["iteration"], "grad_norm": values["grad_norm"]}
+            line.update(values["loss_dict"])
+            line = {name: None if value is None else float(value) for name, value in line.items()}
             with Path(path).open("a") as lines:
                 lines.write(json.dumps(line) + "\n")
         return upstream(*args, **kwargs)
