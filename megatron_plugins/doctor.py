@@ -85,7 +85,7 @@ def activation() -> dict[str, str]:
 def examine(symbol: Symbol) -> dict[str, Any]:
     """One ledger row with its state: hooked, found (there, not ours to wrap or plugins disabled) or
     missing, and who else wrapped it."""
-    state, wrapped_by, error = "missing", [], None
+    state, at, wrapped_by, error = "missing", symbol.targets[0], [], None
     for target in symbol.targets:
         module_name, _, attribute = target.partition(":")
         try:
@@ -97,7 +97,7 @@ def examine(symbol: Symbol) -> dict[str, Any]:
             continue
         owner, name = patch.find(module, attribute)
         if owner is not None:
-            state, wrapped_by = "found", others(getattr(owner, name), module_name)
+            state, at, wrapped_by = "found", target, others(getattr(owner, name), module_name)
             break
     if symbol.handler and state == "found":
         state = patch.state(symbol) if symbol.id not in patch.failed else "missing"
@@ -106,7 +106,7 @@ def examine(symbol: Symbol) -> dict[str, Any]:
     return {
         "id": symbol.id,
         "state": state,
-        "targets": list(symbol.targets),
+        "target": at,
         "versions": symbol.versions,
         "feature": symbol.feature,
         "why": symbol.why,
@@ -136,7 +136,7 @@ def render(report: dict[str, Any]) -> str:
     for title in ("hooks", "symbols"):
         lines += [f"{title} (seams/ledger.py)"]
         for row in report[title]:
-            lines.append(f"  {row['state']:<8} {row['id']:<20} {row['targets'][0]}")
+            lines.append(f"  {row['state']:<8} {row['id']:<20} {row['target']}")
             lines.append(f"  {'':<8} {'':<20} {row['versions']}: {row['why']}")
             if row["wrapped_by"]:
                 lines.append(f"  conflict {'':<20} also wrapped by {', '.join(row['wrapped_by'])}")

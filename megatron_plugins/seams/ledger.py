@@ -24,6 +24,8 @@ class Symbol:
     handler: str | None = None
     """``module:function`` of ours that wraps it, called as ``function(original, *args, **kwargs)``;
     None: only called, read or subclassed."""
+    relies_on: tuple[str, ...] = ()
+    """Attributes of its instances or names in its body that we read or set."""
 
 
 HOOKS: tuple[Symbol, ...] = (
@@ -96,6 +98,52 @@ USED: tuple[Symbol, ...] = (
         targets=("megatron.training.global_vars:get_args",),
         feature="any",
         why="the arguments of the run, where upstream passes none",
+        remove_when="never",
+    ),
+    Symbol(
+        id="layer-offset",
+        targets=("megatron.core.transformer.transformer_layer:get_transformer_layer_offset",),
+        feature="any",
+        why="first layer of a pipeline stage, to know a layer's index in the whole model",
+        remove_when="layer specs carry their index",
+    ),
+    Symbol(
+        id="layer",
+        targets=("megatron.core.transformer.transformer_layer:TransformerLayer",),
+        feature="ladder_residual",
+        why="the ladder subclasses whichever layer the spec names, and replaces its two "
+        "bias-dropout-adds",
+        remove_when="upstream lets a layer's residual be chosen",
+        relies_on=(
+            "self_attn_bda",
+            "mlp_bda",
+            "self_attention",
+            "mlp",
+            "pg_collection",
+            "context",
+        ),
+    ),
+    Symbol(
+        id="row-parallel",
+        targets=("megatron.core.tensor_parallel.layers:RowParallelLinear",),
+        feature="ladder_residual",
+        why="its switch for experts leaves the output unreduced; the ladder reduces it later",
+        remove_when="RowParallelLinear returns a handle of an asynchronous reduction",
+        relies_on=("explicit_expert_comm", "skip_bias_add"),
+    ),
+    Symbol(
+        id="module-spec",
+        targets=("megatron.core.transformer.spec_utils:ModuleSpec",),
+        feature="any",
+        why="layer specs are rewritten, and --spec megatron_plugins.specs is one",
+        remove_when="never",
+        relies_on=("module", "params", "submodules", "metainfo"),
+    ),
+    Symbol(
+        id="decoder-block-spec",
+        targets=("megatron.core.models.gpt.gpt_layer_specs:get_gpt_decoder_block_spec",),
+        feature="any",
+        why="the stock layers behind --spec megatron_plugins.specs gpt_layer_spec",
         remove_when="never",
     ),
 )
