@@ -1,0 +1,243 @@
+"""Megatron's tensors -> the decoder's, one table for all of them.
+
+Megatron's keys are those of its TransformerEngine spec, whichever spec trained (the local one maps
+its names to them): norms belong to the linear behind them. Layers are either stacked along a first
+axis (``decoder.layers.mlp.linear_fc2.weight``) or numbered (``decoder.layers.3.mlp...``).
+
+Shapes: D hidden size, F MLP width, H query heads, K key-value heads, G = H / K, P head dimension,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torch_plugins.config import ConfigError
+
+from .checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from torch_plugins.hf import PluginDecoderConfig
+
+OPTIMIZER = ("optimizer.", "chained_", "opt_param_scheduler")
+"""Keys of training state, which no export reads."""
+
+UNFUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Where a spec without sharded_state_dict_keys_map keeps the norms."""
+
+Convert = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor of Megatron and what becomes of it."""
+
+    source: str
+    targets: tuple[str, ...]
+    shape: tuple[int, ...]
+    """Of the source, one layer of it; 0 where padding makes it unknown."""
+    convert: Convert
+
+
+def split_qkv(config: PluginDecoderConfig, interleaved: bool) -> Convert:
+    """``[K * (G + 2) * P, ...]``, each group its G queries, then key, then value -> q, k, v."""
+    groups, head = config.num_key_value_heads, config.head_dim
+    per_group = config.num_attention_heads // groups
+    order = rotation_order(config) if interleaved else None
+
+    def convert(tensor: Tensor) -> tuple[Tensor, ...]:
+        rest = tensor.shape[1:]
+        heads = tensor.view(groups, per_group + 2, head, *rest)
+        q, k, v = heads[:, :-2], heads[:, -2:-1], heads[:, -1:]
+        if order is not None:
+            q, k = q[:, :, order], k[:, :, order]
+        return tuple(x.reshape(-1, *rest) for x in (q, k, v))
+
+    return convert
+
+
+def rotation_order(config: PluginDecoderConfig) -> Tensor:
+    """Row order ``[P]`` that turns RoPE on pairs ``(2i, 2i + 1)`` into RoPE on ``(i, i + R / 2)``.
+
+    The same permutation of queries and keys leaves their products unchanged.
+    """
+    rotated = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    even = torch.arange(0, rotated, 2)
+    return torch.cat((even, even + 1, torch.arange(rotated, config.head_dim)))
+
+
+def _layer_rules(config: PluginDecoderConfig, args: Namespace) -> Iterator[Rule]:
+    width, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    qkv = queries + 2 * config.num_key_value_heads * config.head_dim
+    interleaved = config.position_embedding_type == "rope" and args.rotary_interleaved
+    split = split_qkv(config, interleaved)
+    names = tuple(f"self_attn.{name}_proj" for name in "qkv")
+    yield from _norm_rules("self_attention.linear_qkv.layer_norm_", "input_layernorm", config, args)
+    yield from _linear(
+        "self_attention.linear_qkv", names, (qkv, width), config.attention_bias, split
+    )
+    yield from _linear(
+        "self_attention.linear_proj",
+        ("self_attn.o_proj",),
+        (width, queries),
+        config.attention_output_bias,
+    )
+    yield from _norm_rules("mlp.linear_fc1.layer_norm_", "post_attention_layernorm", config, args)
+    if config.mlp_gated:
+        # Whatever the tensor parallel size, all of the gate comes first, then all of the rest.
+        halves = ("mlp.gate_proj", "mlp.up_proj")
+        chunk: Convert = lambda tensor: tuple(tensor.chunk(2))  # noqa: E731
+        yield from _linear("mlp.linear_fc1", halves, (2 * inner, width), config.mlp_bias, chunk)
+    else:
+        yield from _linear("mlp.linear_fc1", ("mlp.up_proj",), (inner, width), config.mlp_bias)
+    yield from _linear("mlp.linear_fc2", ("mlp.down_proj",), (width, inner), config.mlp_bias)
+
+
+def _keep(tensor: Tensor) -> tuple[Tensor, ...]:
+    return (tensor,)
+
+
+def _linear(
+    source: str,
+    targets: tuple[str, ...],
+    shape: tuple[int, int],
+    bias: bool,
+    convert: Convert = _keep,
+) -> Iterator[Rule]:
+    weights = tuple(f"{target}.weight" for target in targets)
+    yield Rule(f"{source}.weight", weights, shape, convert)
+    if bias:
+        biases = tuple(f"{target}.bias" for target in targets)
+        yield Rule(f"{source}.bias", biases, shape[:1], convert)
+
+
+def _norm_rules(
+    source: str, target: str, config: PluginDecoderConfig, args: Namespace
+) -> Iterator[Rule]:
+    shape = (config.hidden_size,)
+    # --apply-layernorm-1p keeps the weight minus one.
+    weight: Convert = (lambda x: (x + 1,)) if args.layernorm_zero_centered_gamma else _keep
+    yield Rule(f"{source}weight", (f"{target}.weight",), shape, weight)
+    if config.normalization == "layernorm":
+        yield Rule(f"{source}bias", (f"{target}.bias",), shape, _keep)
+
+
+def _model_rules(config: PluginDecoderConfig, args: Namespace) -> Iterator[Rule]:
+    """What lies outside the layers; the vocabulary's rows are cut to V."""
+    table = (0, config.hidden_size)
+    cut: Convert = lambda tensor: (tensor[: config.vocab_size],)  # noqa: E731
+    yield Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), table, cut)
+    if config.position_embedding_type == "learned_absolute":
+        shape = (config.max_position_embeddings, config.hidden_size)
+        source = "embedding.position_embeddings.weight"
+        yield Rule(source, ("model.embed_positions.weight",), shape, _keep)
+    yield from _norm_rules("decoder.final_layernorm.", "model.norm", config, args)
+    if not config.tie_word_embeddings:
+        yield Rule("output_layer.weight", ("lm_head.weight",), table, cut)
+
+
+class HFTensors(Mapping[str, Tensor]):
+    """Every tensor of the exported model by name, read from the checkpoint when asked for.
+
+    Building it checks that the checkpoint holds exactly the tensors that the configuration implies.
+
+    Args:
+        dtype: what to convert to; None keeps the checkpoint's.
+
+    Raises:
+        ConfigError: a tensor is missing, of another shape, or unknown.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: PluginDecoderConfig, dtype: torch.dtype | None = None
+    ) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self._origin: dict[str, tuple[str, int | None, Rule, int]] = {}
+        self._recent: tuple[tuple[str, int | None], tuple[Tensor, ...]] | None = None
+        problems: list[str] = []
+        known: set[str] = set()
+        for name, row, rule, prefix in self._locate(config, checkpoint.args):
+            known.add(name)
+            shape = tuple(checkpoint.tensors.get(name, ()))
+            want = rule.shape if row is None else (config.num_hidden_layers, *rule.shape)
+            if name not in checkpoint.tensors:
+                problems.append(f"{name} is missing")
+            elif len(shape) != len(want) or any(
+                w not in (0, s) for s, w in zip(shape, want, strict=True)
+            ):
+                problems.append(f"{name} is {list(shape)}, not {list(want)}")
+            for index, target in enumerate(rule.targets):
+                self._origin[prefix + target] = (name, row, rule, index)
+        unknown = [k for k in checkpoint.tensors if k not in known and not k.startswith(OPTIMIZER)]
+        problems += [f"{key} is not a tensor of this decoder" for key in unknown]
+        if problems:
+            problems = list(dict.fromkeys(problems))
+            more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise ConfigError(
+                f"{checkpoint.folder}: its tensors do not fit its arguments:\n  "
+                + "\n  ".join(problems[:20])
+                + more
+            )
+
+    def _locate(
+        self, config: PluginDecoderConfig, args: Namespace
+    ) -> Iterator[tuple[str, int | None, Rule, str]]:
+        """Key in the checkpoint, row of a stack, rule, and prefix of the targets."""
+        outside = {rule.source: rule for rule in _model_rules(config, args)}
+        head = outside.pop("output_layer.weight", None)
+        for source, rule in outside.items():
+            yield source, None, rule, ""
+        for layer in range(config.num_hidden_layers):
+            for rule in _layer_rules(config, args):
+                yield *self._layer_key(rule.source, layer), rule, f"model.layers.{layer}."
+        if head is not None:
+            yield head.source, None, head, ""
+
+    def _layer_key(self, source: str, layer: int) -> tuple[str, int | None]:
+        names = [source]
+        names += [
+            source.replace(fused, apart)
+            for fused, apart in UNFUSED_NORMS.items()
+            if source.startswith(fused)
+        ]
+        for name in names:
+            if (numbered := f"decoder.layers.{layer}.{name}") in self.checkpoint.tensors:
+                return numbered, None
+            if (stacked := f"decoder.layers.{name}") in self.checkpoint.tensors:
+                return stacked, layer
+        return f"decoder.layers.{source}", layer
+
+    def __getitem__(self, name: str) -> Tensor:
+        key, row, rule, index = self._origin[name]
+        if self._recent is None or self._recent[0] != (key, row):
+            self._recent = (key, row), rule.convert(self.checkpoint.read(key, row))
+        tensor = self._recent[1][index]
+        if not torch.isfinite(tensor).all():
+            raise ConfigError(f"{key}: infinite or NaN values; the run has diverged")
+        converted = tensor.to(self.dtype or tensor.dtype)
+        if not torch.isfinite(converted).all():
+            raise ConfigError(f"{key}: too large for {self.dtype}; use --dtype keep or fp32")
+        return converted.contiguous()
+
+    def meta(self, name: str) -> Tensor:
+        """A tensor without data, of the shape and dtype that ``self[name]`` would have."""
+        key, row, rule, index = self._origin[name]
+        shape = self.checkpoint.tensors[key][0 if row is None else 1 :]
+        empty = torch.empty(shape, dtype=self.checkpoint.dtype(key), device="meta")
+        return rule.convert(empty)[index].to(self.dtype or empty.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._origin)
+
+    def __len__(self) -> int:
+        return len(self._origin)

@@ -1,0 +1,157 @@
+"""Logits of a checkpoint through Megatron's own model; run by ``verify`` in a process of its own.
+
+``python -m megatron_plugins.export.megatron_model REQUEST.json``. Uses the GPU where there is one,
+else the CPU backend. Megatron builds its GPTModel (local spec, features included) from the
+checkpoint's arguments and loads the weights through its own dist_checkpointing, in fp32 and without
+parallelism.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatron_plugins  # noqa: F401  (arms the plugins)
+
+PLAIN: dict[str, Any] = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "context_parallel_size": 1,
+    "hierarchical_context_parallel_sizes": None,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "sequence_parallel": False,
+    "overlap_p2p_comm": False,
+    "tp_comm_overlap": False,
+    "bf16": False,
+    "fp16": False,
+    "fp8": None,
+    "fp4": None,
+    "fp8_param_gather": False,
+    "fp4_param_gather": False,
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "recompute_modules": None,
+    "cpu_offloading_num_layers": 0,
+    "fine_grained_activation_offloading": False,
+    "cuda_graph_impl": "none",
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "transformer_impl": "local",
+    "attention_softmax_in_fp32": True,
+    "apply_rope_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "use_cpu_initialization": True,
+    "perform_initialization": False,
+    "use_te_activation_func": False,
+    "use_megatron_fsdp": False,
+    "use_torch_fsdp2": False,
+    "te_precision_config_file": None,
+    "spec": None,
+}
+"""How the run was spread and fused does not change the function; this machine has one process."""
+
+
+def restored_arguments(saved: dict[str, Any]) -> Namespace:
+    """Defaults of the installed Megatron, the checkpoint's arguments over them, then ``PLAIN``."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    args = parser.parse_args([])
+    for name, value in (saved | PLAIN).items():
+        if hasattr(args, name) or name in PLAIN:
+            setattr(args, name, value)
+    args.params_dtype = torch.float32
+    args.cpu_backend = False
+    return args
+
+
+def build(args: Namespace, padded_vocab_size: int) -> Any:
+    """The model that Megatron's GPT builders make of these arguments."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    config = core_transformer_config_from_args(args)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization=args.normalization),
+        vocab_size=padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        parallel_output=False,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+    )
+
+
+def load(model: Any, checkpoint: str) -> None:
+    """Megatron's loader, for tensors alone: objects of a checkpoint would be unpickled freely."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    wanted = model.sharded_state_dict()
+    wanted = {k: v for k, v in wanted.items() if not isinstance(v, ShardedObject)}
+    loaded = dist_checkpointing.load({"model": wanted}, checkpoint, validate_access_integrity=False)
+    problems = model.load_state_dict(loaded["model"], strict=False)
+    missing = [key for key in problems.missing_keys if not key.endswith("_extra_state")]
+    if missing or problems.unexpected_keys:
+        raise RuntimeError(f"missing {missing}, unexpected {problems.unexpected_keys}")
+
+
+def main(request_file: str) -> None:
+    request = json.loads(Path(request_file).read_text())
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        from megatron_plugins import cpu
+
+        cpu.install()
+    import megatron.core
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group(
+        "nccl" if gpu else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+    args = restored_arguments(request["args"])
+    model = build(args, request["padded_vocab_size"]).cuda().eval()
+    load(model, request["checkpoint"])
+    if request["dtype"] is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, request["dtype"])).float()
+    ids = torch.tensor(request["input_ids"], device="cuda")
+    length = ids.shape[1]
+    positions = torch.arange(length, device="cuda").expand_as(ids)
+    future = torch.ones(length, length, dtype=torch.bool, device="cuda").triu(1)[None, None]
+    with torch.no_grad():
+        logits = model(ids, positions, future)[..., : request["vocab_size"]]
+    where = "on the GPU" if gpu else "on the CPU backend"
+    release = megatron.core.__version__.partition("+")[0]  # the rest is of the current folder
+    torch.save(
+        {"logits": logits.float().cpu().clone(), "version": f"Megatron-Core {release} {where}"},
+        request["logits"],
+    )
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,111 @@
+"""A checkpoint as the naive reference reads it.
+
+Written apart from ``mapping``, head by head and from Megatron's arguments alone, so that an error in
+one of them shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from torch_plugins.hf import PluginDecoderConfig
+
+
+class ReferenceTensors(Mapping[str, Tensor]):
+    """The checkpoint under Hugging Face names, in fp32 after rounding to ``dtype``."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: PluginDecoderConfig, dtype: torch.dtype | None
+    ) -> None:
+        self.checkpoint, self.args, self.dtype = checkpoint, checkpoint.args, dtype
+        self.vocab_size = config.vocab_size
+        self.names = {
+            "model.embed_tokens.weight": "embedding.word_embeddings.weight",
+            "model.embed_positions.weight": "embedding.position_embeddings.weight",
+            "lm_head.weight": "output_layer.weight",
+            "model.norm.weight": "decoder.final_layernorm.weight",
+            "model.norm.bias": "decoder.final_layernorm.bias",
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._read(name)
+        if tensor is None:
+            raise KeyError(name)
+        if self.args.layernorm_zero_centered_gamma and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        return tensor.to(self.dtype or tensor.dtype).float()
+
+    def _read(self, name: str) -> Tensor | None:
+        if name in self.names:
+            tensor = self._global(self.names[name])
+            cut = name in ("model.embed_tokens.weight", "lm_head.weight")
+            return tensor[: self.vocab_size] if cut and tensor is not None else tensor
+        _, _, layer, module, *rest = name.split(".")
+        index = int(layer)
+        end = rest[-1]
+        if module == "input_layernorm":
+            return self._norm(index, "self_attention.linear_qkv", "input_layernorm", end)
+        if module == "post_attention_layernorm":
+            return self._norm(index, "mlp.linear_fc1", "pre_mlp_layernorm", end)
+        projection = rest[0]
+        if projection == "o_proj":
+            return self._layer(index, f"self_attention.linear_proj.{end}")
+        if projection == "down_proj":
+            return self._layer(index, f"mlp.linear_fc2.{end}")
+        if module == "mlp":
+            return self._mlp_in(self._layer(index, f"mlp.linear_fc1.{end}"), projection)
+        return self._heads(self._layer(index, f"self_attention.linear_qkv.{end}"), projection[0])
+
+    def _global(self, key: str) -> Tensor | None:
+        return self.checkpoint.read(key) if key in self.checkpoint.tensors else None
+
+    def _layer(self, index: int, name: str) -> Tensor | None:
+        if f"decoder.layers.{name}" in self.checkpoint.tensors:
+            return self.checkpoint.read(f"decoder.layers.{name}", index)
+        return self._global(f"decoder.layers.{index}.{name}")
+
+    def _norm(self, index: int, linear: str, apart: str, end: str) -> Tensor | None:
+        fused = self._layer(index, f"{linear}.layer_norm_{end}")
+        return self._layer(index, f"{apart}.{end}") if fused is None else fused
+
+    def _mlp_in(self, tensor: Tensor | None, projection: str) -> Tensor | None:
+        if tensor is None or not self.args.swiglu:
+            return tensor if projection == "up_proj" else None
+        width = self.args.ffn_hidden_size
+        return tensor[:width] if projection == "gate_proj" else tensor[width : 2 * width]
+
+    def _heads(self, tensor: Tensor | None, which: str) -> Tensor | None:
+        """Rows of one of q, k, v, head by head."""
+        if tensor is None:
+            return None
+        args = self.args
+        heads, head_dim = args.num_attention_heads, args.kv_channels
+        groups = args.num_query_groups if args.group_query_attention else heads
+        blocks_per_group = heads // groups + 2
+        if which == "q":
+            per_group = heads // groups
+            blocks = [h // per_group * blocks_per_group + h % per_group for h in range(heads)]
+        else:
+            last = 2 if which == "k" else 1
+            blocks = [(g + 1) * blocks_per_group - last for g in range(groups)]
+        within = list(range(head_dim))
+        if which != "v" and args.position_embedding_type == "rope" and args.rotary_interleaved:
+            turned = int(head_dim * args.rotary_percent)
+            within = [*range(0, turned, 2), *range(1, turned, 2), *range(turned, head_dim)]
+        return tensor[[block * head_dim + row for block in blocks for row in within]]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._read(name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

@@ -1,0 +1,198 @@
+"""The written folder, as a user loads it, against the trained model: same logits or no export."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torch_plugins import reference
+from torch_plugins.config import ConfigError
+
+from .arguments import active_features
+from .checkpoint import Checkpoint
+from .reference_tensors import ReferenceTensors
+
+if TYPE_CHECKING:
+    from torch_plugins.hf import PluginDecoderConfig
+
+Say = Callable[[str], None]
+MEGATRON_SECONDS = 3600
+"""Upper limit for building Megatron's model and one forward pass."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of the comparison, in fp32 on random token ids."""
+
+    against: str
+    difference: float
+    """Largest absolute difference of two logits; NaN when one is not a number."""
+    tolerance: float
+
+    @property
+    def equal(self) -> bool:
+        return self.difference <= self.tolerance
+
+    def __str__(self) -> str:
+        return (
+            f"max abs difference {self.difference:.3g}, tolerance {self.tolerance:.3g}, "
+            f"against {self.against}"
+        )
+
+
+def verify(
+    folder: Path,
+    checkpoint: Checkpoint,
+    config: PluginDecoderConfig,
+    dtype: torch.dtype | None,
+    say: Say,
+) -> Verdict:
+    """Compare the logits of the folder with the trained model's.
+
+    The trained model is Megatron's own, loaded by Megatron from the checkpoint, where that runs on
+    this machine; else the naive reference on the checkpoint's tensors.
+
+    Args:
+        dtype: weights were rounded to it; the trained model's are too, before the comparison.
+    """
+    length = min(64, config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(config.vocab_size, (2, length), generator=generator)
+    expected, against = megatron_logits(checkpoint, config, input_ids, dtype, say)
+    if expected is None:
+        say("computing the logits of the naive reference")
+        tensors = ReferenceTensors(checkpoint, config, dtype)
+        expected = reference.logits(tensors, config.to_dict(), input_ids)
+        against = "the naive reference on the checkpoint's tensors"
+    say("computing the logits of the written folder")
+    found = folder_logits(folder, input_ids)
+    scale = expected.abs().max().item()
+    # Rounding errors of fp32 add up like a random walk over layers and the width of each sum.
+    steps = math.sqrt(config.num_hidden_layers * config.hidden_size)
+    tolerance = 8 * torch.finfo(torch.float32).eps * steps * scale
+    return Verdict(against, (found - expected).abs().max().item(), tolerance)
+
+
+def folder_logits(folder: Path, input_ids: Tensor) -> Tensor:
+    """fp32 logits of a folder through ``AutoModelForCausalLM``.
+
+    Raises:
+        ConfigError: the folder lacks a tensor of the model, or holds another.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        trust_remote_code=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
+    if wrong:
+        raise ConfigError(f"{folder}: the folder does not fit its own model: {wrong}")
+    with torch.no_grad():
+        return model.eval()(input_ids=input_ids).logits.float()
+
+
+def megatron_logits(
+    checkpoint: Checkpoint,
+    config: PluginDecoderConfig,
+    input_ids: Tensor,
+    dtype: torch.dtype | None,
+    say: Say,
+) -> tuple[Tensor | None, str]:
+    """Logits of Megatron's GPTModel in a process of its own, or None where that does not run."""
+    if not _installed("megatron.core") or not _installed("megatron.training"):
+        say("Megatron is not installed")
+        return None, ""
+    say("computing the logits of Megatron's own model")
+    with tempfile.TemporaryDirectory() as place:
+        request = Path(place) / "request.json"
+        answer = Path(place) / "logits.pt"
+        request.write_text(
+            json.dumps(
+                {
+                    "args": plain_arguments(checkpoint.args),
+                    "checkpoint": str(checkpoint.folder.resolve()),
+                    "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+                    "input_ids": input_ids.tolist(),
+                    "vocab_size": config.vocab_size,
+                    "padded_vocab_size": checkpoint.tensors["embedding.word_embeddings.weight"][0],
+                    "logits": str(answer),
+                }
+            )
+        )
+        command = [sys.executable, "-m", "megatron_plugins.export.megatron_model", str(request)]
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=MEGATRON_SECONDS,
+                env=_environment(),
+            )
+        except subprocess.TimeoutExpired:
+            say(f"Megatron's model did not answer within {MEGATRON_SECONDS} s")
+            return None, ""
+        if done.returncode or not answer.is_file():
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            reason = lines[-1] if lines else f"exit status {done.returncode}"
+            say(f"Megatron's model does not run here: {reason}")
+            return None, ""
+        result = torch.load(answer, weights_only=True)
+        return result["logits"], str(result["version"])
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def _environment() -> dict[str, str]:
+    """One process of its own, whatever launcher this one runs under."""
+    launcher = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
+    return {name: value for name, value in os.environ.items() if name not in launcher}
+
+
+def plain_arguments(args: Namespace) -> dict[str, Any]:
+    """The arguments that JSON can carry, features that ``--spec`` switched on given by flag."""
+    plain = {
+        name: value
+        for name, value in vars(args).items()
+        if isinstance(value, str | int | float | bool | list | type(None)) and _json(value)
+    }
+    for key, feature in active_features(args).items():
+        plain[key] = True
+        plain |= {feature.dest(name): value for name, value in feature.to_dict().items()}
+    return plain
+
+
+def _json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,161 @@
+"""A Hugging Face folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torch_plugins.config import ConfigError
+
+from .mapping import HFTensors
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch_plugins.hf import PluginDecoderConfig
+
+INDEX = "model.safetensors.index.json"
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Refuse a place that must not be written to, before any work.
+
+    Raises:
+        ConfigError: it is there without ``--force``, or is no model folder.
+    """
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: {output.parent} is not a folder; create it first")
+    if not os.path.lexists(output):
+        return
+    if not force:
+        raise ConfigError(
+            f"--output {output} is there already: name another, or --force replaces it"
+        )
+    if output.is_symlink() or not output.is_dir():
+        raise ConfigError(f"--output {output}: not a folder; --force replaces model folders only")
+    if any(output.iterdir()) and not (output / "config.json").is_file():
+        raise ConfigError(
+            f"--output {output} holds other things than a model (no config.json); --force replaces "
+            "model folders only"
+        )
+
+
+@contextmanager
+def new_folder(output: Path, force: bool) -> Iterator[Path]:
+    """A hidden folder beside ``output`` that takes its name when the block ends well.
+
+    When the block raises, or is ended by Ctrl-C or SIGTERM, the hidden folder goes and ``output``
+    is what it was. With ``force``, an earlier ``output`` is removed only after its successor stands
+    in its place.
+    """
+    check_output(output, force)
+    partial = Path(
+        tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
+    )
+    try:
+        with _terminate_as_exit():
+            yield partial
+            partial.chmod(0o777 & ~_umask())
+            _take_place(partial, output, force)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_place(partial: Path, output: Path, force: bool) -> None:
+    check_output(output, force)  # it may have come while we worked
+    if not output.exists():
+        partial.rename(output)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
+    output.rename(old / output.name)
+    try:
+        partial.rename(output)
+    except BaseException:
+        (old / output.name).rename(output)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def _terminate_as_exit() -> Iterator[None]:
+    """SIGTERM, as a batch system sends it, cleans up like any other error."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def write_model(
+    folder: Path,
+    config: PluginDecoderConfig,
+    tensors: HFTensors,
+    tokenizer: Tokenizer,
+    max_shard_size: str,
+    say: Callable[[str], None],
+) -> str:
+    """Write all files of a model; returns its ``model_type``.
+
+    A decoder that transformers knows under another name is written as that model, any other with
+    the code that runs it.
+    """
+    from transformers import GenerationConfig
+
+    from torch_plugins.hf.stock import stock_config
+
+    for name, token_id in tokenizer.special_ids.items():
+        setattr(config, name, token_id)
+    written: Any = stock_config(config) or config
+    written.architectures = [
+        {"llama": "LlamaForCausalLM", "granite": "GraniteForCausalLM"}.get(
+            written.model_type, "PluginDecoderForCausalLM"
+        )
+    ]
+    written.save_pretrained(folder)
+    GenerationConfig(**tokenizer.special_ids).save_pretrained(folder)
+    tokenizer.write(folder)
+    write_weights(folder, tensors, max_shard_size, say)
+    return str(written.model_type)
+
+
+def write_weights(
+    folder: Path, tensors: HFTensors, max_shard_size: str, say: Callable[[str], None]
+) -> None:
+    """Sharded safetensors and their index; one shard at a time is in memory."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    split: Any = split_torch_state_dict_into_shards(
+        {name: tensors.meta(name) for name in tensors}, max_shard_size=max_shard_size
+    )
+    for number, (file, names) in enumerate(split.filename_to_tensors.items(), 1):
+        say(f"writing {file}, {number} of {len(split.filename_to_tensors)}")
+        shard: dict[str, torch.Tensor] = {name: tensors[name] for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
