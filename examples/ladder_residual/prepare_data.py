@@ -46,13 +46,17 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """How much text there is; kept in ``data.json``."""
+    """How much text there is, and which; kept in ``data.json``."""
 
     vocab_size: int
     documents: int
     train_tokens: int
     valid_tokens: int
     fingerprint: str
+
+    @classmethod
+    def load(cls, folder: Path) -> Corpus:
+        return cls(**json.loads((folder / "data.json").read_text()))
 
 
 def standard_library(root: Path) -> Iterator[Document]:
@@ -140,13 +144,13 @@ def prepare(output: Path, vocab_size: int = 4096, limit: int | None = None) -> C
     Args:
         output: folder of the data; created when missing.
         vocab_size: entries of the tokenizer, the end-of-text token among them.
-        limit: keep about so many documents (quick runs).
+        limit: keep about so many documents.
     """
     documents = read_documents(limit)
     identity = fingerprint(documents, vocab_size)
     summary = output / "data.json"
     if summary.exists():
-        corpus = Corpus(**json.loads(summary.read_text()))
+        corpus = Corpus.load(output)
         if corpus.fingerprint == identity:
             return corpus
         summary.unlink()
@@ -175,8 +179,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--documents", type=int, help="keep about so many; default: all")
     arguments = parser.parse_args()
-    print(json.dumps(dataclasses.asdict(prepare(arguments.output, arguments.vocab_size)), indent=2))
+    corpus = prepare(arguments.output, arguments.vocab_size, arguments.documents)
+    print(json.dumps(dataclasses.asdict(corpus), indent=2))
 
 
 if __name__ == "__main__":

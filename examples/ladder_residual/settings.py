@@ -10,13 +10,9 @@ ARMS = {"standard": [], "ladder": ["--ladder-residual"]}
 
 TENSOR_PARALLEL = 2
 
-# What the CPU backend asks for: no fused CUDA kernels, no TransformerEngine.
-CPU_FLAGS = [
-    *("--cpu-backend", "--distributed-backend", "gloo", "--use-cpu-initialization"),
-    *("--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion"),
-    *("--no-gradient-accumulation-fusion", "--no-bias-swiglu-fusion", "--no-bias-dropout-fusion"),
-    *("--no-rope-fusion", "--no-create-attention-mask-in-dataloader", "--num-workers", "0"),
-]
+# The backend sets the rest, such as --transformer-impl local and --distributed-backend gloo.
+CPU_FLAGS = ["--cpu-backend", "--use-cpu-initialization", "--num-workers", "0"]
+CPU_FLAGS += ["--no-create-attention-mask-in-dataloader"]
 
 
 @dataclass(frozen=True)

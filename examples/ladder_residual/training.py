@@ -45,6 +45,7 @@ def environment() -> dict[str, str]:
         **os.environ,
         "OMP_NUM_THREADS": str(max(1, (cores or 1) // TENSOR_PARALLEL)),
         "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
         "TOKENIZERS_PARALLELISM": "false",
@@ -115,7 +116,7 @@ def train(arm: str, settings: Settings, data: Path, output: Path, console: Conso
             if line.startswith("ladder-residual:"):
                 progress.console.print(f"  {line}", highlight=False)
             if history.read(line):
-                show(history, progress, task, settings)
+                show(history, progress, task)
     if not history.valid_losses:
         raise DemoError(f"{arm}: no losses in Megatron's log {folder / 'log.txt'}")
     history.save(folder / "history.json")
@@ -134,13 +135,14 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def show(history: History, progress: Progress, task: TaskID, settings: Settings) -> None:
+def show(history: History, progress: Progress, task: TaskID) -> None:
     """Move the bar; where the output is no terminal, print a line every tenth of the run."""
-    iteration = history.iterations[-1]
+    total, iteration = progress.tasks[task].total, history.iterations[-1]
     loss = f"loss {history.losses[-1]:.3f}"
     if history.valid_losses:
         loss += f", validation {history.valid_losses[-1]:.3f}"
     loss += f", {history.tokens_per_second:,.0f} tokens/s"
+    moved = iteration > progress.tasks[task].completed
     progress.update(task, completed=iteration, loss=loss)
-    if progress.disable and iteration % max(1, settings.iterations // 10) == 0:
-        progress.console.print(f"  iteration {iteration:>4}/{settings.iterations}: {loss}")
+    if progress.disable and moved and iteration % max(1, total // 10) == 0:
+        progress.console.print(f"  iteration {iteration:>4}/{total}: {loss}", highlight=False)

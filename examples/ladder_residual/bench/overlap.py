@@ -102,17 +102,8 @@ def print_table(rows: list[dict[str, Any]], shape: Shape) -> None:
         title=f"TP={RANKS}, {shape.layers} layers of {shape.hidden_size}, "
         f"{shape.message_bytes / 2**20:.2f} MiB per all-reduce"
     )
-    columns = (
-        "phase",
-        "link",
-        "standard\nms",
-        "ladder\nms",
-        "ladder",
-        "ideal",
-        "control",
-        "hidden",
-    )
-    for column in columns:
+    columns = ("phase", "link", "standard\nms", "ladder\nms", "ladder", "ideal", "control")
+    for column in (*columns, "hidden"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for row in rows:
         table.add_row(
