@@ -150,8 +150,8 @@ def run(settings: Settings, output: Path, resume: bool, console: Console) -> Non
     gap = runs["ladder"].valid_losses[-1] - runs["standard"].valid_losses[-1]
     console.print(
         f"The losses are the result: {gap:+.3f} nats per token on held-out text for the ladder.\n"
-        "The step times are no speed claim: on one machine an all-reduce costs next to nothing, so\n"
-        "there is little to hide. `make bench-ladder` measures the overlap over slower links.",
+        "The step times are no speed claim: on one machine an all-reduce costs next to nothing,\n"
+        "so there is little to hide. `make bench-ladder` measures the overlap over slower links.",
         highlight=False,
     )
     for what, path in {

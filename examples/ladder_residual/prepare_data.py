@@ -17,6 +17,7 @@ one interpreter always gives the same data; a second call with the same interpre
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -150,9 +151,10 @@ def prepare(output: Path, vocab_size: int = 4096, limit: int | None = None) -> C
     identity = fingerprint(documents, vocab_size)
     summary = output / "data.json"
     if summary.exists():
-        corpus = Corpus.load(output)
-        if corpus.fingerprint == identity:
-            return corpus
+        with contextlib.suppress(ValueError, TypeError):  # written by another version of this file
+            corpus = Corpus.load(output)
+            if corpus.fingerprint == identity:
+                return corpus
         summary.unlink()
 
     output.mkdir(parents=True, exist_ok=True)
