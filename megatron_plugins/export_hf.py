@@ -1,5 +1,5 @@
-"""``python -m megatron_plugins.export_hf --load CKPT --output DIR``: a torch_dist checkpoint becomes
-a Hugging Face folder, on any machine, and only if its logits are those of the trained model."""
+"""``python -m megatron_plugins.export_hf --load CKPT --output DIR``: a torch_dist checkpoint to a
+Hugging Face folder, on any machine, and only if its logits are those of the trained model."""
 
 from __future__ import annotations
 

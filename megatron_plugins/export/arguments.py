@@ -37,8 +37,8 @@ def _other(name: str, *allowed: Any) -> Callable[[Namespace], bool]:
 
 
 def _foreign_spec(args: Namespace) -> bool:
-    spec = getattr(args, "spec", None)
-    return bool(spec) and spec[0] not in (OWN_SPECS, "local")
+    spec: list[str] = getattr(args, "spec", None) or ["local"]
+    return spec[0] not in (OWN_SPECS, "local")
 
 
 REFUSED: tuple[Refusal, ...] = (

@@ -12,10 +12,12 @@ import argparse
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import megatron_plugins  # noqa: F401  (arms the plugins)
 
@@ -116,8 +118,8 @@ def load(model: Any, checkpoint: str) -> None:
         raise RuntimeError(f"missing {missing}, unexpected {problems.unexpected_keys}")
 
 
-def main(request_file: str) -> None:
-    request = json.loads(Path(request_file).read_text())
+def start() -> str:
+    """Bring up Megatron in this one process; returns what it runs on, for the report."""
     gpu = torch.cuda.is_available()
     if not gpu:
         from megatron_plugins import cpu
@@ -132,8 +134,13 @@ def main(request_file: str) -> None:
     )
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
-    args = restored_arguments(request["args"])
-    model = build(args, request["padded_vocab_size"]).cuda().eval()
+    release = megatron.core.__version__.partition("+")[0]  # the rest is about the current folder
+    return f"Megatron-Core {release} on the {'GPU' if gpu else 'CPU backend'}"
+
+
+def answer(request: dict[str, Any]) -> Tensor:
+    """fp32 logits ``[B, S, vocab]`` for one request, without the vocabulary's padding."""
+    model = build(restored_arguments(request["args"]), request["padded_vocab_size"]).cuda().eval()
     load(model, request["checkpoint"])
     if request["dtype"] is not None:
         for parameter in model.parameters():
@@ -143,15 +150,17 @@ def main(request_file: str) -> None:
     positions = torch.arange(length, device="cuda").expand_as(ids)
     future = torch.ones(length, length, dtype=torch.bool, device="cuda").triu(1)[None, None]
     with torch.no_grad():
-        logits = model(ids, positions, future)[..., : request["vocab_size"]]
-    where = "on the GPU" if gpu else "on the CPU backend"
-    release = megatron.core.__version__.partition("+")[0]  # the rest is of the current folder
-    torch.save(
-        {"logits": logits.float().cpu().clone(), "version": f"Megatron-Core {release} {where}"},
-        request["logits"],
-    )
+        logits: Tensor = model(ids, positions, future)
+    return logits[..., : request["vocab_size"]].float().cpu().contiguous()
+
+
+def main(request_files: Sequence[str]) -> None:
+    against = start()
+    for file in request_files:
+        request = json.loads(Path(file).read_text())
+        torch.save({"logits": answer(request), "against": against}, request["logits"])
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -1,7 +1,7 @@
 """A checkpoint as the naive reference reads it.
 
-Written apart from ``mapping``, head by head and from Megatron's arguments alone, so that an error in
-one of them shows.
+Written apart from ``mapping``, head by head and from Megatron's arguments alone, so that an error
+in one of them shows.
 """
 
 from __future__ import annotations

@@ -68,9 +68,7 @@ def verify(
     Args:
         dtype: weights were rounded to it; the trained model's are too, before the comparison.
     """
-    length = min(64, config.max_position_embeddings)
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(config.vocab_size, (2, length), generator=generator)
+    input_ids = random_ids(config)
     expected, against = megatron_logits(checkpoint, config, input_ids, dtype, say)
     if expected is None:
         say("computing the logits of the naive reference")
@@ -84,6 +82,13 @@ def verify(
     steps = math.sqrt(config.num_hidden_layers * config.hidden_size)
     tolerance = 8 * torch.finfo(torch.float32).eps * steps * scale
     return Verdict(against, (found - expected).abs().max().item(), tolerance)
+
+
+def random_ids(config: PluginDecoderConfig) -> Tensor:
+    """Token ids ``[2, S]``, always the same."""
+    length = min(64, config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (2, length), generator=generator)
 
 
 def folder_logits(folder: Path, input_ids: Tensor) -> Tensor:
@@ -121,30 +126,11 @@ def megatron_logits(
         return None, ""
     say("computing the logits of Megatron's own model")
     with tempfile.TemporaryDirectory() as place:
-        request = Path(place) / "request.json"
         answer = Path(place) / "logits.pt"
-        request.write_text(
-            json.dumps(
-                {
-                    "args": plain_arguments(checkpoint.args),
-                    "checkpoint": str(checkpoint.folder.resolve()),
-                    "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-                    "input_ids": input_ids.tolist(),
-                    "vocab_size": config.vocab_size,
-                    "padded_vocab_size": checkpoint.tensors["embedding.word_embeddings.weight"][0],
-                    "logits": str(answer),
-                }
-            )
-        )
-        command = [sys.executable, "-m", "megatron_plugins.export.megatron_model", str(request)]
+        file = Path(place) / "request.json"
+        file.write_text(json.dumps(megatron_request(checkpoint, config, input_ids, dtype, answer)))
         try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=MEGATRON_SECONDS,
-                env=_environment(),
-            )
+            done = ask_megatron(file)
         except subprocess.TimeoutExpired:
             say(f"Megatron's model did not answer within {MEGATRON_SECONDS} s")
             return None, ""
@@ -154,7 +140,40 @@ def megatron_logits(
             say(f"Megatron's model does not run here: {reason}")
             return None, ""
         result = torch.load(answer, weights_only=True)
-        return result["logits"], str(result["version"])
+        return result["logits"], str(result["against"])
+
+
+def megatron_request(
+    checkpoint: Checkpoint,
+    config: PluginDecoderConfig,
+    input_ids: Tensor,
+    dtype: torch.dtype | None,
+    answer: Path,
+) -> dict[str, Any]:
+    """What ``megatron_model`` needs to know, as JSON can carry it."""
+    return {
+        "args": plain_arguments(checkpoint.args),
+        "checkpoint": str(checkpoint.folder.resolve()),
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "input_ids": input_ids.tolist(),
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": checkpoint.tensors["embedding.word_embeddings.weight"][0],
+        "logits": str(answer),
+    }
+
+
+def ask_megatron(*request_files: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``megatron_model`` alone, whatever launcher this process runs under."""
+    launcher = (
+        "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_plugins.export.megatron_model", *map(str, request_files)],
+        capture_output=True,
+        text=True,
+        timeout=MEGATRON_SECONDS,
+        env={name: value for name, value in os.environ.items() if name not in launcher},
+    )
 
 
 def _installed(module: str) -> bool:
@@ -162,19 +181,6 @@ def _installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ImportError:
         return False
-
-
-def _environment() -> dict[str, str]:
-    """One process of its own, whatever launcher this one runs under."""
-    launcher = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )
-    return {name: value for name, value in os.environ.items() if name not in launcher}
 
 
 def plain_arguments(args: Namespace) -> dict[str, Any]:
