@@ -7,7 +7,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_plugins import layers
 from megatron_plugins.arguments import features_of
 from torch_plugins.config import ConfigError
 
@@ -19,6 +18,8 @@ def report(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ConfigError: a feature is on and a layer that should use it, in no process, does.
     """
     from megatron.training.global_vars import get_args
+
+    from megatron_plugins import layers
 
     result = original(*args, **kwargs)
     megatron_args = get_args()
