@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -174,6 +175,7 @@ def main() -> None:
     if arguments.quick and output == OUTPUT:
         output = OUTPUT.with_name(OUTPUT.name + "_quick")
     console = Console(soft_wrap=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Megatron's processes end too
     try:
         run(QUICK if arguments.quick else FULL, output, arguments.resume, console)
     except DemoError as error:

@@ -81,7 +81,10 @@ def build_block(shape: Shape, ladder: bool, ranks: int) -> Any:
     if ladder:
         config.megatron_plugins = {LadderResidual.key(): LadderResidual()}
         adjust_config(config, LadderResidual())
-    return TransformerBlock(config, get_gpt_layer_local_spec(normalization="RMSNorm"))
+    block = TransformerBlock(config, get_gpt_layer_local_spec(normalization="RMSNorm"))
+    if all(hasattr(layer, "ladder") for layer in block.layers) != ladder:
+        raise RuntimeError("the plugin is off: unset MEGATRON_PLUGINS_DISABLE")
+    return block
 
 
 class Bench:
