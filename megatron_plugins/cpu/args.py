@@ -30,6 +30,8 @@ upstream writes them in torch, for a compiler that is off here.
 
 # Upstream's batched exchange pairs two sends and two receives between the same two ranks by order.
 INTERLEAVED = ("overlap_p2p_comm", True, "no --no-overlap-p2p-communication")
+# Experts run one by one here, and upstream fuses only SwiGLU into those.
+SEQUENTIAL_EXPERTS = ("bias_gelu_fusion", False, "--no-bias-gelu-fusion")
 
 
 def _is(dest: str, *values: Any) -> Callable[[Namespace], bool]:
@@ -102,6 +104,8 @@ def adjust_args(args: Namespace) -> None:
     settings = [(dest, value, text) for dest, (value, text) in SETTINGS.items()]
     if _interleaved(args):
         settings.append(INTERLEAVED)
+    if args.num_experts:
+        settings.append(SEQUENTIAL_EXPERTS)
     changed = []
     for dest, value, text in settings:
         if hasattr(args, dest) and getattr(args, dest) != value:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_plugins.cpu.piece import Piece, replace
+from torch_plugins.config import ConfigError
 
 
 def on_gloo(backend: Any) -> Any:
@@ -57,6 +59,48 @@ def _average() -> None:
     replace(dist, "all_reduce", average)
 
 
+def _all_to_all() -> None:
+    all_to_all_single = dist.all_to_all_single
+
+    def sizes(splits: Any) -> Any:
+        return None if splits is None else [int(size) for size in splits]
+
+    @functools.wraps(all_to_all_single)
+    def with_int_splits(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        return all_to_all_single(
+            output, input, sizes(output_split_sizes), sizes(input_split_sizes), *args, **kwargs
+        )
+
+    replace(dist, "all_to_all_single", with_int_splits)
+
+
+def _batched_p2p(module: ModuleType) -> None:
+    batched = module._batched_p2p_ops
+
+    @functools.wraps(batched)
+    def unambiguous(**kwargs: Any) -> Any:
+        both = (
+            (kwargs["tensor_send_prev"] is not None and kwargs["tensor_send_next"] is not None)
+            or (kwargs["tensor_recv_prev"] is not None and kwargs["tensor_recv_next"] is not None)
+        )  # fmt: skip
+        if both and kwargs["prev_pipeline_rank"] == kwargs["next_pipeline_rank"]:
+            raise ConfigError(
+                "batch_p2p_comm=True with virtual pipeline stages on 2 pipeline ranks: activations "
+                "and gradients would be mistaken for each other; use overlap_p2p_comm=True and "
+                "batch_p2p_comm=False (no --no-overlap-p2p-communication)"
+            )
+        return batched(**kwargs)
+
+    replace(module, "_batched_p2p_ops", unambiguous)
+
+
 PIECES = (
     Piece(
         "process-groups",
@@ -69,5 +113,18 @@ PIECES = (
         "gloo has no ReduceOp.AVG: the sum is divided by the group's size",
         "logging of MoE losses",
         _average,
+    ),
+    Piece(
+        "all-to-all",
+        "upstream turns its split sizes into lists only when they come from a CUDA tensor",
+        "MoE with expert parallelism",
+        _all_to_all,
+    ),
+    Piece(
+        "batched-p2p",
+        "gloo matches messages by order: two exchanges between the same two ranks in one batch are "
+        "swapped, and the model trains wrong in silence; this raises instead",
+        "virtual pipeline stages",
+        modules={"megatron.core.pipeline_parallel.p2p_communication": _batched_p2p},
     ),
 )

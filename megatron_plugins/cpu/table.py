@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
-from megatron_plugins.cpu import datasets, device, distributed, norm, rng, streams
+from megatron_plugins.cpu import datasets, device, distributed, norm, optimizer, rng, streams
 from megatron_plugins.cpu.piece import Piece
 
 PIECES: tuple[Piece, ...] = (
@@ -15,6 +15,7 @@ PIECES: tuple[Piece, ...] = (
     *distributed.PIECES,
     *datasets.PIECES,
     *norm.PIECES,
+    *optimizer.PIECES,
 )
 
 MODULE_PATCHES: dict[str, list[Callable[[ModuleType], None]]] = {}
