@@ -100,13 +100,15 @@ def ladder_layer_class(base: type) -> type:
     shared by the layers of one block, in which a layer leaves the :class:`Pending` of its MLP.
     """
 
-    class LadderLayer(base):  # type: ignore[misc, valid-type]
+    layer_class: Any = base
+
+    class LadderLayer(layer_class):
         def __init__(
             self, *args: Any, ladder: Position, handovers: dict[int, Pending], **kwargs: Any
         ) -> None:
             super().__init__(*args, **kwargs)
             self.ladder, self.handovers = ladder, handovers
-            self._add = {"attention": self.self_attn_bda, "mlp": self.mlp_bda}
+            self._add: dict[str, Any] = {"attention": self.self_attn_bda, "mlp": self.mlp_bda}
             self._incoming: tuple[Tensor, Pending] | None = None
             self._attention: tuple[Tensor, Pending] | None = None
             self._outgoing: tuple[Tensor, Pending] | None = None
@@ -133,10 +135,13 @@ def ladder_layer_class(base: type) -> type:
             self, output_with_bias: tuple[Tensor, Tensor | None], dropout: float, reduces: bool
         ) -> tuple[Tensor, Pending]:
             output, bias = output_with_bias
-            if bias is not None and bias.grad_fn is not None:
+            computed = bias is not None and not isinstance(bias, torch.nn.Parameter)
+            if computed and self.training and not torch.is_grad_enabled():
+                # Full recompute: the next chunk adds this bias, and only a parameter's gradient
+                # would come back from there.
                 raise RuntimeError(
                     f"layer {self.ladder.index}: its bias is computed, not a parameter; the ladder "
-                    "would lose its gradient under activation recomputation"
+                    "would lose its gradient under full activation recomputation"
                 )
             if not reduces:
                 return output, Pending(bias, dropout)
@@ -235,8 +240,8 @@ def validate(args: Namespace, feature: LadderResidual) -> None:
     """Refuse a ladder without layers, before anything is built."""
     if not feature.resolve(args.num_layers):
         raise ConfigError(
-            f"{feature.flag()} with {feature.flag('layers')} {feature.layers!r} has no ladder layer: "
-            f"name at least one of 0 to {args.num_layers - 1}, or drop {feature.flag()}"
+            f"{feature.flag()} with {feature.flag('layers')} {feature.layers!r} has no ladder "
+            f"layer: name at least one of 0 to {args.num_layers - 1}, or drop {feature.flag()}"
         )
 
 

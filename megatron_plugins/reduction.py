@@ -2,8 +2,8 @@
 
 A row-parallel linear ends with a collective: an all-reduce of its partial sums, or under sequence
 parallelism a reduce-scatter along the sequence. :func:`keep_partial_sums` takes that collective out
-of the linear, :func:`reduce_async` launches it later without waiting, and :meth:`InFlight.wait` must
-run before the result is read: until then the buffer holds unspecified values.
+of the linear, :func:`reduce_async` launches it later without waiting, and :meth:`InFlight.wait`
+must run before the result is read: until then the buffer holds unspecified values.
 
 Shapes: S sequence, B batch, H hidden, T tensor-parallel size.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 # torch 2.14 renamed both and warns at the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -61,7 +61,7 @@ class _ReduceAsync(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        # A recomputed module launches a reduction whose sum nobody reads: it ends here at the latest.
+        # A recomputed module launches a reduction whose sum nobody reads: it ends here at last.
         ctx.in_flight.wait()
         if not ctx.sequence_parallel:
             return grad, None, None, None
@@ -83,13 +83,14 @@ def reduce_async(
         sequence_parallel: reduce-scatter along S instead of all-reduce.
 
     Returns:
-        The reduced tensor, [S, B, H] or [S/T, B, H], and the collective to wait for before reading it.
+        The reduced tensor, [S, B, H] or [S/T, B, H], and the collective to wait for before
+        reading it.
     """
     in_flight = InFlight()
     return _ReduceAsync.apply(partial_sums, in_flight, group, sequence_parallel), in_flight
 
 
-def keep_partial_sums(linear: nn.Module) -> None:
+def keep_partial_sums(linear: Any) -> None:
     """Make a row-parallel linear return its partial sums.
 
     Megatron's own ``RowParallelLinear`` has the switch ``explicit_expert_comm``, meant for experts

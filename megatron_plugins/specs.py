@@ -3,7 +3,8 @@
 Naming the spec imports this package, which arms the choke point; the layers are the stock ones for
 the model's arguments (local or TransformerEngine, dense or MoE), rewritten by the active features.
 A spec cannot add flags: the features come from theirs, which the installed entry point or
-``-m megatron_plugins`` makes known. Without them, ``ladder_gpt_layer_spec`` is the ladder on all layers.
+``-m megatron_plugins`` makes known. Without them, ``ladder_gpt_layer_spec`` is the ladder on all
+layers.
 """
 
 from __future__ import annotations
