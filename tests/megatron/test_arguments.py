@@ -17,7 +17,9 @@ def parse(monkeypatch):
     upstream = pytest.importorskip("megatron.training.arguments")
 
     def parse(*flags, world_size=1, **kwargs):
-        monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *TINY, *map(str, flags)])
+        monkeypatch.setattr(
+            "sys.argv", ["pretrain_gpt.py", *TINY, "--transformer-impl", "local", *map(str, flags)]
+        )
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         return upstream.parse_args(**kwargs)
 
