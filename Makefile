@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3 $$HOME/.pyenv/versions/
 RUN     = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 
-.PHONY: env demo test check format clean
+.PHONY: env demo bench-ladder test check format clean
 
 env: $(STAMP)
 
@@ -16,6 +16,12 @@ $(STAMP): pyproject.toml setup.py
 	$(RUN) -m pip install -q --upgrade pip "setuptools>=77" wheel
 	$(RUN) -m pip install -q -e ".[dev]"
 	@touch $@
+
+demo: env
+	$(RUN) examples/ladder_residual/demo.py $(ARGS)
+
+bench-ladder: env
+	$(RUN) examples/ladder_residual/bench/overlap.py $(ARGS)
 
 check: env
 	$(RUN) -m ruff check .
