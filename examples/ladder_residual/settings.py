@@ -17,18 +17,18 @@ CPU_FLAGS += ["--no-create-attention-mask-in-dataloader"]
 
 @dataclass(frozen=True)
 class Settings:
-    """A Llama-like GPT: RMSNorm, SwiGLU, RoPE, grouped queries, tied embeddings, no biases."""
+    """A Llama-like GPT: RMSNorm, SwiGLU, RoPE, grouped queries, no biases."""
 
-    layers: int = 6
+    layers: int = 4
     hidden_size: int = 256
-    ffn_size: int = 640
-    heads: int = 8
-    query_groups: int = 4
+    ffn_size: int = 704
+    heads: int = 4
+    query_groups: int = 2
     vocab_size: int = 4096
     sequence_length: int = 256
     batch_size: int = 8
     iterations: int = 250
-    validation_batches: int = 12
+    validation_batches: int = 10
     learning_rate: float = 2e-3
     warmup: int = 20
     log_interval: int = 5
@@ -45,11 +45,11 @@ class Settings:
 
     @property
     def parameters(self) -> int:
-        """Embedding (tied with the output), layers with two norms each, final norm."""
+        """Embedding and output, layers with two norms each, final norm."""
         hidden = self.hidden_size
         key_value = 2 * hidden * hidden * self.query_groups // self.heads
         layer = 2 * hidden * hidden + key_value + 3 * hidden * self.ffn_size + 2 * hidden
-        return self.vocab_size * hidden + self.layers * layer + hidden
+        return 2 * self.vocab_size * hidden + self.layers * layer + hidden
 
     def megatron_flags(self, data: Path, checkpoint: Path) -> list[str]:
         """Every flag of the run but the arm's own.
@@ -64,6 +64,7 @@ class Settings:
             --group-query-attention --num-query-groups {self.query_groups}
             --seq-length {self.sequence_length} --max-position-embeddings {self.sequence_length}
             --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+            --untie-embeddings-and-output-weights
             --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
         """
         training = f"""
