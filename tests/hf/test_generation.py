@@ -31,6 +31,17 @@ def test_cached_steps_equal_one_pass(make_model, tokens, ladder, position, kind)
     torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_both_names_of_the_cache(make_model, tokens, name):
+    """transformers 5.24 renamed the argument; ``**kwargs`` would swallow the other in silence."""
+    model, ids = make_model(torch.float64, ladder_residual={"layers": "all"}), tokens()
+    for run in (model, model.model):
+        cache = DynamicCache(config=model.config)
+        run(ids[:, :5], **{name: cache})
+        last = run(ids[:, 5:], **{name: cache})[0]
+        torch.testing.assert_close(last, run(ids)[0][:, 5:], rtol=1e-10, atol=1e-10)
+
+
 @ladders
 @positions
 def test_left_padded_batch_generates_as_each_prompt_alone(make_model, tokens, ladder, position):

@@ -1,4 +1,4 @@
-"""The decoder for Hugging Face transformers (5.x), with every plugin feature.
+"""The decoder for Hugging Face transformers (5.5 to 5.24), with every plugin feature.
 
 Importing this package registers it with the Auto classes::
 

@@ -48,7 +48,7 @@ class PluginDecoderConfig(PretrainedConfig):
     """
 
     model_type = "plugin_decoder"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
 
     def __init__(
         self,

@@ -27,6 +27,9 @@ from .configuration_plugin_decoder import PluginDecoderConfig
 from .mlp import PluginDecoderMLP
 from .norm import build_norm
 
+CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
+"""What the running transformers calls the key-value cache: 5.24 renamed it. Both are accepted."""
+
 
 class PluginDecoderLayer(GradientCheckpointingLayer):
     """Attention and MLP around the residual stream, standard or ladder."""
@@ -68,7 +71,7 @@ class PluginDecoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PluginDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -121,6 +124,7 @@ class PluginDecoderModel(PluginDecoderPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
@@ -128,24 +132,25 @@ class PluginDecoderModel(PluginDecoderPreTrainedModel):
         self._check_pipeline()
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             steps = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             position_ids = (steps + past).unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         rope = self.config.position_embedding_type == "rope"
         kwargs |= {
             "attention_mask": causal_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "use_cache": use_cache,
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids) if rope else None,
         }
@@ -156,9 +161,7 @@ class PluginDecoderModel(PluginDecoderPreTrainedModel):
         for layer in self.layers:
             out = layer(*streams, **kwargs)
             streams = out if isinstance(out, tuple) else (out,)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(streams[0]), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(streams[0]), **{CACHE: cache})
 
 
 class PluginDecoderForCausalLM(PluginDecoderPreTrainedModel, GenerationMixin):
@@ -186,6 +189,7 @@ class PluginDecoderForCausalLM(PluginDecoderPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """``logits_to_keep``: the last N positions (0: all), or their indices."""
@@ -196,6 +200,7 @@ class PluginDecoderForCausalLM(PluginDecoderPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -208,7 +213,7 @@ class PluginDecoderForCausalLM(PluginDecoderPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
