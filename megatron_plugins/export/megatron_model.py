@@ -129,9 +129,8 @@ def start() -> str:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    torch.distributed.init_process_group(
-        "nccl" if gpu else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
     release = megatron.core.__version__.partition("+")[0]  # the rest is about the current folder

@@ -77,11 +77,15 @@ def verify(
         against = "the naive reference on the checkpoint's tensors"
     say("computing the logits of the written folder")
     found = folder_logits(folder, input_ids)
-    scale = expected.abs().max().item()
-    # Rounding errors of fp32 add up like a random walk over layers and the width of each sum.
+    difference = (found - expected).abs().max().item()
+    return Verdict(against, difference, tolerance(config, expected))
+
+
+def tolerance(config: PluginDecoderConfig, logits: Tensor) -> float:
+    """``8 eps sqrt(L D) max|logits|``: rounding errors of fp32 add up like a random walk over the
+    layers ``L`` and the terms ``D`` of each sum."""
     steps = math.sqrt(config.num_hidden_layers * config.hidden_size)
-    tolerance = 8 * torch.finfo(torch.float32).eps * steps * scale
-    return Verdict(against, (found - expected).abs().max().item(), tolerance)
+    return 8 * torch.finfo(torch.float32).eps * steps * logits.abs().max().item()
 
 
 def random_ids(config: PluginDecoderConfig) -> Tensor:
@@ -165,7 +169,12 @@ def megatron_request(
 def ask_megatron(*request_files: Path) -> subprocess.CompletedProcess[str]:
     """Run ``megatron_model`` alone, whatever launcher this process runs under."""
     launcher = (
-        "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
     )
     return subprocess.run(
         [sys.executable, "-m", "megatron_plugins.export.megatron_model", *map(str, request_files)],

@@ -2,9 +2,9 @@
 
     train("--save", folder, processes=2, script=SAVE_CHECKPOINTS, environment={"CASES": json})
 
-``CASES`` maps a name to the flags of its model, which come after those of the command line. Weights are
-random and large enough for every part to matter: Megatron's own start nearly cancels attention, norms
-at one and biases at zero.
+``CASES`` maps a name to the flags of its model, which come after those of the command line. Weights
+are random and large enough for every part to matter: at Megatron's own start attention is nearly
+uniform, norms are one and biases zero.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from megatron.training import global_vars
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import save_checkpoint
 
-from tests.megatron.train_gpt import model_provider
+sys.path.append(str(Path(__file__).parents[1] / "megatron"))
+from train_gpt import model_provider
 
 
 def enlarge(model: torch.nn.Module, seed: int) -> None:
@@ -30,7 +31,9 @@ def enlarge(model: torch.nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         value = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:
-            parameter.data = (value * 0.3 + ("norm" in name and name.endswith("weight"))).to(parameter)
+            parameter.data = (value * 0.3 + ("norm" in name and name.endswith("weight"))).to(
+                parameter
+            )
         else:
             parameter.data = (value * 0.15).to(parameter)
 
