@@ -19,6 +19,8 @@ from torch_plugins.config import ConfigError
         ({"position_embedding_type": "alibi"}, "position_embedding_type 'alibi'"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"hidden_act": "swish2"}, "hidden_act 'swish2'"),
+        ({"hidden_size": 26}, "set head_dim"),
+        ({"head_dim": 12, "rope_parameters": {"partial_rotary_factor": 0.25}}, "must be even"),
     ],
 )
 def test_a_wrong_field_is_an_error_with_its_name_and_remedy(make_config, fields, message):
@@ -37,6 +39,7 @@ def test_override_at_load_is_validated(make_config, make_model, tmp_path):
 def test_round_trip(make_config, tmp_path):
     config = make_config(
         ladder_residual={"layers": "1-2"},
+        head_dim=12,
         rope_parameters={"rope_theta": 5.0, "partial_rotary_factor": 0.5},
         attention_bias=True,
         attention_output_bias=False,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from torch_plugins import reference
 
@@ -90,6 +91,35 @@ def test_sdpa_equals_eager(make_model, tokens, ladder):
         model.set_attn_implementation(implementation)
         outputs.append(model(tokens(), attention_mask=mask).logits[mask.bool()])
     torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_registered_attention_gets_the_callers_arguments(make_model, tokens):
+    """How an inference engine plugs its own attention and cache into the model."""
+    model = make_model(torch.float64, ladder_residual={"layers": "all"})
+    expected = model(tokens()).logits
+    calls = []
+
+    def attend(module, query, key, value, mask, scaling, **kwargs):
+        calls.append(kwargs["instances"][module.layer_idx])
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+
+    AttentionInterface.register("engine", attend)
+    model.set_attn_implementation("engine")
+    out = model(tokens(), instances=["a", "b", "c", "d"], use_cache=False)
+    assert calls == ["a", "b", "c", "d"]
+    torch.testing.assert_close(out.logits, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("ladder", LADDERS[:3], ids=["dense", "all", "last:2"])
+def test_compiles_as_one_graph(make_model, tokens, ladder):
+    model = make_model(ladder_residual=ladder)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        got = compiled(tokens(), use_cache=False).logits
+        torch.testing.assert_close(got, model(tokens()).logits)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

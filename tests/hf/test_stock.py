@@ -63,7 +63,7 @@ def test_the_reference_reads_stock_configurations(make_model, tokens, fields):
         {"mlp_gated": False},
         {"position_embedding_type": "learned_absolute"},
         {"position_embedding_type": "none"},
-        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"head_dim": 12, "rope_parameters": {"partial_rotary_factor": 0.5}},
         {"attention_bias": True, "attention_output_bias": False},
         {"hidden_size": 26, "head_dim": 6},
     ],

@@ -115,7 +115,13 @@ class PluginDecoderConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         self.ladder_residual = ladder_residual
-        self._check(kwargs)
+        if head_dim is None and hidden_size % num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {hidden_size} is not a multiple of num_attention_heads "
+                f"{num_attention_heads}: set head_dim"
+            )
+        self._check_shape()
+        self._check_features(kwargs)
         super().__init__(**kwargs)
         # Set after the base class, which resets the fields it knows to their defaults.
         self.tie_word_embeddings = tie_word_embeddings
@@ -123,8 +129,7 @@ class PluginDecoderConfig(PretrainedConfig):
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
 
-    def _check(self, unknown: dict[str, Any]) -> None:
-        """Reject what the model would misread. transformers keeps any unknown key in silence."""
+    def _check_shape(self) -> None:
         if self.normalization not in NORMALIZATIONS:
             raise ConfigError(f"normalization {self.normalization!r}: use one of {NORMALIZATIONS}")
         if self.position_embedding_type not in POSITION_EMBEDDINGS:
@@ -141,6 +146,15 @@ class PluginDecoderConfig(PretrainedConfig):
                 f"num_key_value_heads {self.num_key_value_heads}: "
                 f"must divide num_attention_heads {self.num_attention_heads}"
             )
+        rotary_factor = getattr(self, "rope_parameters", {}).get("partial_rotary_factor", 1.0)
+        if self.position_embedding_type == "rope" and int(self.head_dim * rotary_factor) % 2:
+            raise ConfigError(
+                f"partial_rotary_factor {rotary_factor} of head_dim {self.head_dim}: "
+                "RoPE turns pairs, so their product must be even"
+            )
+
+    def _check_features(self, unknown: dict[str, Any]) -> None:
+        """Reject a wrong or misspelt section, which transformers would keep in silence."""
         keys = [feature.key() for feature in FEATURES]
         for key in unknown:
             suggestion = did_you_mean(key, keys)

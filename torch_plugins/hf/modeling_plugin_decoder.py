@@ -97,6 +97,7 @@ class PluginDecoderModel(PluginDecoderPreTrainedModel):
         self.norm = build_norm(config)
         if config.position_embedding_type == "rope":
             self.rotary_emb = PluginDecoderRotaryEmbedding(config)
+        self.has_ladder = bool(config.ladder_layers)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -156,7 +157,7 @@ class PluginDecoderModel(PluginDecoderPreTrainedModel):
         }
         embedding = self._embed(inputs_embeds, position_ids)
         streams: tuple[Tensor, ...] = (embedding,)
-        if self.config.ladder_layers:
+        if self.has_ladder:
             streams = initial_streams(embedding)
         for layer in self.layers:
             out = layer(*streams, **kwargs)
