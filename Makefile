@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3 $$HOME/.pyenv/versions/
 RUN     = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 
-.PHONY: env demo bench-ladder test check format clean
+.PHONY: env transformer-engine test-matrix matrix-checkout demo bench-ladder test check format clean
 
 env: $(STAMP)
 
@@ -33,8 +33,37 @@ format: env
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-test: env
+test: env transformer-engine
 	$(RUN) -m pytest tests $(ARGS)
+
+# TransformerEngine's Python half, beside the environment and never in it; see the test that uses it.
+TE_WHEELS = transformer-engine==2.20.2 transformer-engine-cu13==2.20.2 \
+	onnxscript onnx onnx-ir ml-dtypes protobuf nvdlfw-inspect einops
+
+transformer-engine: .matrix/transformer-engine/.ready
+
+.matrix/transformer-engine/.ready: $(STAMP)
+	$(RUN) -m pip install -q --no-deps --upgrade --target $(@D) $(TE_WHEELS)
+	@touch $@
+
+# The Megatron tests on the other minor versions of the support window, each in an environment of its
+# own on top of $(VENV); with MEGATRON_LM=path also on that checkout.
+MATRIX = 0.17.1 0.18.2
+
+test-matrix: $(MATRIX:%=matrix-%) $(if $(MEGATRON_LM),matrix-checkout)
+
+.matrix/core-%/.ready: $(STAMP)
+	$(RUN) -m venv --without-pip $(@D)
+	echo "import site; site.addsitedir('$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$(echo $(@D)/lib/python*/site-packages)/base.pth
+	$(RUN) -m pip install -q --no-deps --target $$(echo $(@D)/lib/python*/site-packages) megatron-core==$*
+	@touch $@
+
+matrix-checkout: env
+	PYTHONPATH=$(MEGATRON_LM) $(RUN) -m pytest tests/megatron tests/parity $(ARGS)
+
+matrix-%: .matrix/core-%/.ready
+	.matrix/core-$*/bin/python -m pytest tests/megatron tests/parity $(ARGS)
 
 clean:
 	rm -rf $(VENV) .matrix out build dist *.egg-info

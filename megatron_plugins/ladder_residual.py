@@ -103,6 +103,9 @@ def ladder_layer_class(base: type) -> type:
     layer_class: Any = base
 
     class LadderLayer(layer_class):
+        self_attn_bda: Any
+        mlp_bda: Any
+
         def __init__(
             self, *args: Any, ladder: Position, handovers: dict[int, Pending], **kwargs: Any
         ) -> None:

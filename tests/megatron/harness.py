@@ -81,7 +81,7 @@ def train(
     script: Path = TRAIN_GPT,
     environment: Mapping[str, str] | None = None,
     check: bool = True,
-    timeout: float = 120,
+    timeout: float = 300,
 ) -> Run:
     """Train :data:`TINY` with ``flags`` on top, in ``processes`` processes on the CPU backend.
 
@@ -89,20 +89,47 @@ def train(
         AssertionError: ``check`` and a process failed, or ``timeout`` seconds went by; the message
             holds the end of every rank's output.
     """
-    command = [sys.executable, str(script), *TINY, *(str(flag) for flag in flags)]
+    command = [script, *TINY, *flags]
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "record.jsonl"
+        environment = {
+            "MEGATRON_PLUGINS_CPU": "1",
+            "TRAIN_GPT_RECORD": str(record),
+            **(environment or {}),
+        }
+        returncode, logs = launch(
+            *command, processes=processes, environment=environment, check=check, timeout=timeout
+        )
+        lines = record.read_text().splitlines() if record.exists() else []
+    return Run(returncode, "\n".join(logs), [json.loads(line) for line in lines])
+
+
+def launch(
+    *command: object,
+    processes: int,
+    environment: Mapping[str, str] | None = None,
+    check: bool = True,
+    timeout: float = 120,
+) -> tuple[int, list[str]]:
+    """Run a Python script with its arguments as ``processes`` ranks over the loopback interface.
+
+    Returns:
+        Exit code of the first rank that failed, else 0, and the output of every rank.
+
+    Raises:
+        AssertionError: as :func:`train`.
+    """
+    command = (sys.executable, *(str(word) for word in command))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        record = folder / "record.jsonl"
         common = {
             **os.environ,
-            "MEGATRON_PLUGINS_CPU": "1",
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes),
-            "TRAIN_GPT_RECORD": str(record),
             **(environment or {}),
         }
         ranks = []
@@ -124,15 +151,13 @@ def train(
             for process in ranks:
                 _kill(process)
         logs = [(folder / f"{rank}.log").read_text() for rank in range(processes)]
-        lines = record.read_text().splitlines() if record.exists() else []
-    run = Run(returncode, "\n".join(logs), [json.loads(line) for line in lines])
     if check and returncode != 0:
         tails = "\n".join(f"--- rank {rank}\n{log[-4000:]}" for rank, log in enumerate(logs))
         cause = (
             f"not finished in {timeout} s" if returncode == TIMED_OUT else f"exit code {returncode}"
         )
         raise AssertionError(f"{cause}: {' '.join(command)}\n{tails}")
-    return run
+    return returncode, logs
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], deadline: float) -> int:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.megatron.harness import Run, free_port, train
+from tests.megatron.harness import Run, launch, train
 from tests.megatron.ladder_table import AGAINST_RECURRENCE, WORLD
 
 CASES = Path(__file__).with_name("ladder_cases.py")
@@ -22,33 +19,11 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     """Results of ladder_cases.py over two tensor-parallel processes."""
     output = tmp_path_factory.mktemp("ladder") / "cases.jsonl"
     environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(WORLD),
         "PYTHONPATH": str(CASES.parents[2]),
     }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(CASES), str(output)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        logs = [process.communicate(timeout=300)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert all(process.returncode == 0 for process in ranks), "\n".join(log[-4000:] for log in logs)
+    launch(CASES, output, processes=WORLD, environment=environment, timeout=400)
     return {line.pop("case"): line for line in map(json.loads, output.read_text().splitlines())}
 
 
