@@ -169,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="a toy model, a few steps")
+    parser.add_argument("--seed", type=int, default=FULL.seed, help="default: %(default)s")
     parser.add_argument("--resume", action="store_true", help="keep arms already finished")
     arguments = parser.parse_args()
     output = arguments.output.resolve()
@@ -176,8 +177,9 @@ def main() -> None:
         output = OUTPUT.with_name(OUTPUT.name + "_quick")
     console = Console(soft_wrap=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Megatron's processes end too
+    settings = dataclasses.replace(QUICK if arguments.quick else FULL, seed=arguments.seed)
     try:
-        run(QUICK if arguments.quick else FULL, output, arguments.resume, console)
+        run(settings, output, arguments.resume, console)
     except DemoError as error:
         console.print(f"[red]{error}[/red]", highlight=False)
         sys.exit(1)

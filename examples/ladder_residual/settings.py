@@ -27,10 +27,11 @@ class Settings:
     vocab_size: int = 4096
     sequence_length: int = 256
     batch_size: int = 8
-    iterations: int = 250
+    iterations: int = 200
     validation_batches: int = 10
-    learning_rate: float = 2e-3
-    warmup: int = 20
+    learning_rate: float = 1e-3
+    warmup: int = 30
+    seed: int = 1234
     log_interval: int = 5
     documents: int | None = None
     """Keep about so many documents of the corpus; None keeps all."""
@@ -70,7 +71,7 @@ class Settings:
         training = f"""
             --tensor-model-parallel-size {TENSOR_PARALLEL}
             --micro-batch-size {self.batch_size} --global-batch-size {self.batch_size}
-            --train-iters {self.iterations} --seed 1234
+            --train-iters {self.iterations} --seed {self.seed}
             --lr {self.learning_rate} --min-lr {self.learning_rate / 10} --lr-decay-style cosine
             --lr-warmup-iters {self.warmup} --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
             --log-interval {self.log_interval} --save-interval {self.iterations}

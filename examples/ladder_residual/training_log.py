@@ -45,7 +45,7 @@ class History:
     def tokens(self, iterations: list[int]) -> list[int]:
         return [iteration * self.tokens_per_iteration for iteration in iterations]
 
-    def smoothed(self, weight: float = 0.8) -> list[float]:
+    def smoothed(self, weight: float = 0.6) -> list[float]:
         """Exponential moving average of the training losses, corrected for its start."""
         mean, norm, result = 0.0, 0.0, []
         for loss in self.losses:
