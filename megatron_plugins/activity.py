@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_plugins.arguments import features_of
+from megatron_plugins.seams import doors
 from torch_plugins.config import ConfigError
 
 
@@ -17,15 +18,13 @@ def report(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Raises:
         ConfigError: a feature is on and a layer that should use it, in no process, does.
     """
-    from megatron.training.global_vars import get_args
-
     from megatron_plugins import layers
 
     result = original(*args, **kwargs)
-    megatron_args = get_args()
-    features = features_of(megatron_args)
+    run = doors.megatron_args()
+    features = features_of(run)
     if features:
-        lines = summary(features, megatron_args.num_layers, gather(layers.ACTIVE))
+        lines = summary(features, run.num_layers, gather(layers.ACTIVE))
         if not dist.is_initialized() or dist.get_rank() == 0:
             print("\n".join(lines), flush=True)
     return result

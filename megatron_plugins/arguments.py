@@ -144,6 +144,20 @@ def set_features(args: Namespace, features: dict[str, Any]) -> None:
             setattr(args, feature.dest(name), value)
 
 
+def adopt(features: dict[str, Any]) -> None:
+    """Treat ``features`` that a spec switched on as if they had been typed: they are checked, and
+    saved in checkpoints with the other arguments. Without Megatron's arguments there is nothing to
+    do.
+
+    Raises:
+        ConfigError: as :func:`validate`.
+    """
+    args = doors.megatron_args()
+    if args is not None:
+        check_features(args, features)
+        set_features(args, features)
+
+
 def validate(original: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
     """Wrap of ``validate_args``: upstream's checks, then each active feature's.
 

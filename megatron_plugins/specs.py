@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 import megatron_plugins  # noqa: F401  (arms the choke point)
-from megatron_plugins import features
+from megatron_plugins import arguments, features
 from torch_plugins.config import FEATURES, ConfigError, Feature, LadderResidual
 
 DOOR = "megatron_plugins_features"
@@ -48,6 +48,7 @@ def resolve(config: Any, spec: Any, vp_stage: int | None, pp_rank: int | None) -
                 "add one, or name ladder_gpt_layer_spec"
             )
         config.megatron_plugins = {feature.key(): feature for feature in own[DOOR]}
+        arguments.adopt(config.megatron_plugins)
         for feature in own[DOOR]:
             features.adapter(feature.key()).adjust_config(config, feature)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec

@@ -28,7 +28,9 @@ def flag_table() -> str:
 
 def _rows(feature: type[Feature]) -> list[tuple[str, ...]]:
     paper = f"[{feature.title}](https://arxiv.org/abs/{feature.paper})"
-    rows = [(f"`{feature.flag()}`", f"Turns {paper} on.", "off", f"`{feature.key()}`")]
+    rows: list[tuple[str, ...]] = [
+        (f"`{feature.flag()}`", f"Turns {paper} on.", "off", f"`{feature.key()}`")
+    ]
     for field in dataclasses.fields(feature):
         flag = " ".join(filter(None, (feature.flag(field.name), field.metadata["metavar"])))
         what = field.metadata["help"].replace("|", "\\|")

@@ -26,6 +26,15 @@ def block_submodules(
     return layers.block_submodules(original, config, spec, *args, **kwargs)
 
 
+def megatron_args() -> Any:
+    """Megatron's global arguments; None outside its training loop, as when used as a library."""
+    module = sys.modules.get("megatron.training.global_vars")
+    try:
+        return module.get_args() if module else None
+    except AssertionError:  # not set yet
+        return None
+
+
 def install_cpu() -> None:
     """Start the CPU backend if it was asked for; called just before Megatron is first imported.
 

@@ -185,6 +185,22 @@ def test_a_feature_that_no_layer_uses_is_an_error():
             activity.summary(features, 4, active)
 
 
+def test_features_of_a_spec_count_as_typed(config_of, monkeypatch):
+    from megatron.training import global_vars
+
+    ladder = {"ladder_residual": LadderResidual("last:2")}
+    arguments.adopt(ladder)  # no arguments, as when Megatron-Core is used as a library
+    args, _ = config_of()
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
+    arguments.adopt(ladder)
+    assert arguments.features_of(args) == ladder
+    args, _ = config_of()
+    args.use_torch_fsdp2 = True
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
+    with pytest.raises(ConfigError, match="--use-torch-fsdp2"):
+        arguments.adopt(ladder)
+
+
 def saved(layers=None, **more):
     """Arguments of a run with or without the ladder."""
     return Namespace(num_layers=4, ladder_residual=layers is not None, ladder_layers=layers, **more)
