@@ -44,9 +44,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 exported, 1 the logits differ, 2 the input cannot be used."""
+    """Exit status: 0 exported, 1 the export failed its proof, 2 the input cannot be used."""
     args = parser().parse_args(argv)
-    from megatron_plugins.export.run import VerificationError, export
+    from megatron_plugins.export.run import export
+    from megatron_plugins.export.verify import VerificationError
 
     try:
         model_type, verdict = export(**vars(args))

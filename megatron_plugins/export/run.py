@@ -13,15 +13,11 @@ from .arguments import decoder_config, refuse_inexpressible
 from .checkpoint import Checkpoint, find_iteration
 from .mapping import HFTensors
 from .tokenizer import Tokenizer, vocabulary
-from .verify import Verdict, verify
+from .verify import Verdict, VerificationError, verify
 from .writer import check_output, new_folder, write_model
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EMBEDDING = "embedding.word_embeddings.weight"
-
-
-class VerificationError(RuntimeError):
-    """The written model does not compute what was trained."""
 
 
 def progress(text: str) -> None:
@@ -53,7 +49,7 @@ def export(
 
     Raises:
         ConfigError: an input cannot be used; nothing was written.
-        VerificationError: the logits differ; nothing is left.
+        VerificationError: what was written does not load, or its logits differ; nothing is left.
     """
     load, output = load.absolute(), output.absolute()
     check_output(output, force)

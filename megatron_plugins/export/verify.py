@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from torch_plugins import reference
-from torch_plugins.config import ConfigError
 
+from . import folder_model
 from .arguments import active_features
 from .checkpoint import Checkpoint
 from .reference_tensors import ReferenceTensors
@@ -29,8 +29,14 @@ if TYPE_CHECKING:
     from torch_plugins.hf import PluginDecoderConfig
 
 Say = Callable[[str], None]
-MEGATRON_SECONDS = 3600
-"""Upper limit for building Megatron's model and one forward pass."""
+SECONDS = 3600
+"""Upper limit for building a model and one forward pass."""
+
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class VerificationError(RuntimeError):
+    """The written model does not load, or does not compute what was trained."""
 
 
 @dataclass(frozen=True)
@@ -96,25 +102,24 @@ def random_ids(config: PluginDecoderConfig) -> Tensor:
 
 
 def folder_logits(folder: Path, input_ids: Tensor) -> Tensor:
-    """fp32 logits of a folder through ``AutoModelForCausalLM``.
+    """fp32 logits of a folder; one that carries code runs it, in a process without our package's.
 
     Raises:
-        ConfigError: the folder lacks a tensor of the model, or holds another.
+        VerificationError: the folder does not load, or not completely.
     """
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        trust_remote_code=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
-    if wrong:
-        raise ConfigError(f"{folder}: the folder does not fit its own model: {wrong}")
-    with torch.no_grad():
-        return model.eval()(input_ids=input_ids).logits.float()
+    if "auto_map" not in json.loads((folder / "config.json").read_text()):
+        try:
+            return folder_model.logits(folder, input_ids)
+        except ValueError as error:
+            raise VerificationError(f"the written folder is not whole: {error}") from error
+    with tempfile.TemporaryDirectory() as place:
+        ids, answer = Path(place) / "ids.pt", Path(place) / "logits.pt"
+        torch.save(input_ids, ids)
+        done = _python("folder_model", folder, ids, answer, HF_MODULES_CACHE=place)
+        if done.returncode:
+            raise VerificationError(f"the written folder does not load: {_last_line(done)}")
+        loaded: Tensor = torch.load(answer, weights_only=True)
+        return loaded
 
 
 def megatron_logits(
@@ -136,12 +141,10 @@ def megatron_logits(
         try:
             done = ask_megatron(file)
         except subprocess.TimeoutExpired:
-            say(f"Megatron's model did not answer within {MEGATRON_SECONDS} s")
+            say(f"Megatron's model did not answer within {SECONDS} s")
             return None, ""
         if done.returncode or not answer.is_file():
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            reason = lines[-1] if lines else f"exit status {done.returncode}"
-            say(f"Megatron's model does not run here: {reason}")
+            say(f"Megatron's model does not run here: {_last_line(done)}")
             return None, ""
         result = torch.load(answer, weights_only=True)
         return result["logits"], str(result["against"])
@@ -167,22 +170,25 @@ def megatron_request(
 
 
 def ask_megatron(*request_files: Path) -> subprocess.CompletedProcess[str]:
-    """Run ``megatron_model`` alone, whatever launcher this process runs under."""
-    launcher = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )
+    """Run ``megatron_model`` on request files."""
+    return _python("megatron_model", *request_files)
+
+
+def _python(module: str, *arguments: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a module of this package alone, whatever launcher this process runs under."""
+    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     return subprocess.run(
-        [sys.executable, "-m", "megatron_plugins.export.megatron_model", *map(str, request_files)],
+        [sys.executable, "-m", f"{__package__}.{module}", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=MEGATRON_SECONDS,
-        env={name: value for name, value in os.environ.items() if name not in launcher},
+        timeout=SECONDS,
+        env=inherited | environment,
     )
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else f"exit status {done.returncode}"
 
 
 def _installed(module: str) -> bool:

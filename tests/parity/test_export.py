@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from megatron_plugins.export import verify
+from megatron_plugins.export import folder_model, verify
 from megatron_plugins.export.reference_tensors import ReferenceTensors
 from megatron_plugins.export.run import export
 from tests.parity.conftest import CASES, Case
@@ -55,7 +55,7 @@ def test_logits(
     tensors = {name: x.float() for name, x in folder_tensors(tmp_path / "out").items()}
     assert config["vocab_size"] == expected.shape[-1] == 255
     for other in (
-        verify.folder_logits(tmp_path / "out", case.input_ids),
+        folder_model.logits(tmp_path / "out", case.input_ids),
         reference.logits(tensors, config, case.input_ids),
         reference.logits(
             ReferenceTensors(case.checkpoint, case.config, None), config, case.input_ids
@@ -81,7 +81,7 @@ def test_features_and_dtype(checkpoints: Path, tmp_path: Path, without_megatron:
 def test_converted_weights_are_verified_as_written(
     dtype: str, kept: torch.dtype, checkpoints: Path, tmp_path: Path, without_megatron: None
 ) -> None:
-    _, verdict = export(checkpoints / "gpt2-pp2", tmp_path / "out", dtype=dtype)
+    _, verdict = export(checkpoints / "llama-gqa-tp2", tmp_path / "out", dtype=dtype)
     assert verdict.equal
     assert {x.dtype for x in folder_tensors(tmp_path / "out").values()} == {kept}
 

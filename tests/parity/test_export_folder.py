@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_plugins import export_hf
 from megatron_plugins.export import run, writer
-from megatron_plugins.export.run import VerificationError, export
+from megatron_plugins.export.run import export
+from megatron_plugins.export.verify import VerificationError
 from torch_plugins.config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("without_megatron")
@@ -191,6 +192,23 @@ def test_missing_tensor_is_not_filled_in(
         return result
 
     monkeypatch.setattr(run, "write_model", without_norm)
-    with pytest.raises(ConfigError, match=r"missing_keys.*model\.norm\.weight"):
+    with pytest.raises(VerificationError, match=r"missing_keys.*model\.norm\.weight"):
         export(load, place / "out")
+    assert list(place.iterdir()) == []
+
+
+def test_folder_runs_on_its_own_code(
+    checkpoints: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What proves a folder with code is that code, not the package it was copied from."""
+    write_model = run.write_model
+
+    def incomplete(folder: Path, *args: Any) -> str:
+        result = write_model(folder, *args)
+        (folder / "ladder_residual.py").unlink()
+        return result
+
+    monkeypatch.setattr(run, "write_model", incomplete)
+    with pytest.raises(VerificationError, match=r"does not load.*ladder_residual\.py"):
+        export(checkpoints / "ladder-last2-tp2", place / "out")
     assert list(place.iterdir()) == []
