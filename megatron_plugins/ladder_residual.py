@@ -129,6 +129,11 @@ def ladder_layer_class(base: type) -> type:
         def _keep_partial_sums(self, module: torch.nn.Module, name: str) -> bool:
             """Whether the ladder reduces the module's output; a MoE layer's is already combined."""
             linear = getattr(module, name, None)
+            if linear is None and module is self.self_attention:
+                raise ConfigError(
+                    f"{LadderResidual.flag()}: layer {self.ladder.index} has an attention without "
+                    f"{name}, {type(module).__name__}; the ladder would wait for its reduction"
+                )
             if linear is None or self.config.tensor_model_parallel_size == 1:
                 return False
             keep_partial_sums(linear)
