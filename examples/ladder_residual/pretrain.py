@@ -137,6 +137,8 @@ def main() -> None:
         args = parse_and_validate_args()
         call["cfg_container"] = pretrain_cfg_container_from_args(args)
     pretrain(**call)
+    # gloo's threads outlive the interpreter otherwise, and may abort the process at its end.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ QUICK = Settings(
     sequence_length=64,
     iterations=20,
     validation_batches=2,
+    learning_rate=4e-3,
     warmup=4,
     log_interval=2,
     documents=40,

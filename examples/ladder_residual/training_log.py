@@ -22,7 +22,7 @@ _VALID = re.compile(
 @dataclass
 class History:
     """One training run. Losses are in nats per token; a training loss is the mean of the
-    iterations since the point before it."""
+    iterations since the point before it, the first point that of iteration 1."""
 
     tokens_per_iteration: int
     iterations: list[int] = field(default_factory=list)
