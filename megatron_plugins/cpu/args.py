@@ -42,6 +42,10 @@ def _on(dest: str) -> Callable[[Namespace], bool]:
     return lambda args: bool(getattr(args, dest, None))
 
 
+def _tensor_parallel(args: Namespace) -> int:
+    return args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+
+
 _NO_TE = "needs TransformerEngine's CUDA kernels"
 _NO_GRAPH = "there is no CUDA graph on a CPU"
 
@@ -80,6 +84,16 @@ REFUSED: tuple[Refusal, ...] = (
         "--overlap-moe-expert-parallel-comm",
         _on("overlap_moe_expert_parallel_comm"),
         "there are no streams to overlap on",
+    ),
+    Refusal(
+        "--num-experts",
+        lambda args: (
+            bool(args.num_experts)
+            and args.add_bias_linear
+            and args.expert_model_parallel_size * _tensor_parallel(args) == 1
+        ),
+        "upstream's sequential experts add their bias in place where autograd forbids it; give "
+        "--disable-bias-linear",
     ),
     Refusal(
         "--optimizer-cpu-offload",

@@ -130,6 +130,9 @@ def _device_arguments() -> None:
     @functools.wraps(loader_init)
     def init_loader(self: Any, *args: Any, **kwargs: Any) -> None:
         kwargs["pin_memory"] = False
+        if kwargs.get("generator") is None:
+            # The default generator is dropout's here; a loader draws its workers' seed from one.
+            kwargs["generator"] = torch.Generator().manual_seed(torch.initial_seed())
         loader_init(self, *args, **kwargs)
 
     replace(torch.Tensor, "to", to)

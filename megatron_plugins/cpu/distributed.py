@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,31 +15,36 @@ from megatron_plugins.cpu.piece import Piece, replace
 from torch_plugins.config import ConfigError
 
 
-def on_gloo(backend: Any) -> Any:
-    """``nccl``, alone or in a list such as ``cpu:gloo,cuda:nccl``, becomes ``gloo``."""
-    return "gloo" if isinstance(backend, str) and "nccl" in backend else backend
+def redirect_group(function: Callable[..., Any], default: str | None = None) -> Callable[..., Any]:
+    """Wrap a maker of process groups: ``nccl``, alone or in a list such as ``cpu:gloo,cuda:nccl``,
+    becomes ``gloo``; ``device_id`` and ``pg_options`` are dropped."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        backend = bound.arguments.pop("backend", None) or default
+        if backend is not None:
+            bound.arguments["backend"] = "gloo" if "nccl" in backend else backend
+        for name in ("device_id", "pg_options"):
+            bound.arguments.pop(name, None)
+        return function(*bound.args, **bound.kwargs)
+
+    return call
 
 
 def _groups() -> None:
-    def redirect(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if "backend" in kwargs:
-                kwargs["backend"] = on_gloo(kwargs["backend"])
-            for name in ("device_id", "pg_options"):
-                kwargs.pop(name, None)
-            return function(*args, **kwargs)
+    original_barrier = dist.barrier
 
-        return call
-
+    @functools.wraps(original_barrier)
     def barrier(*args: Any, **kwargs: Any) -> Any:
         kwargs.pop("device_ids", None)
         return original_barrier(*args, **kwargs)
 
-    original_barrier = dist.barrier
-    for name in ("init_process_group", "new_group", "new_subgroups_by_enumeration"):
-        replace(dist, name, redirect(getattr(dist, name)))
-    replace(dist, "barrier", functools.wraps(original_barrier)(barrier))
+    replace(dist, "init_process_group", redirect_group(dist.init_process_group, default="gloo"))
+    for name in ("new_group", "new_subgroups_by_enumeration"):
+        replace(dist, name, redirect_group(getattr(dist, name)))
+    replace(dist, "barrier", barrier)
 
 
 def _average() -> None:
