@@ -8,24 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_plugins.arguments import features_of
 from megatron_plugins.refusals import Refusal
-from torch_plugins.config import ConfigError, Feature, LadderResidual
+from torch_plugins.config import ConfigError
 
 if TYPE_CHECKING:
     from torch_plugins.hf import PluginDecoderConfig
 
 OWN_SPECS = "megatron_plugins.specs"
-SPEC_FEATURES: dict[str, Feature] = {"ladder_gpt_layer_spec": LadderResidual()}
-"""Our layer specs that switch a feature on without its flag."""
-
-
-def active_features(args: Namespace) -> dict[str, Feature]:
-    """Features of the run that saved ``args``, by flag or by ``--spec``: key -> configuration."""
-    features = features_of(args)
-    spec: list[str] = getattr(args, "spec", None) or []
-    if features or not spec or spec[0] != OWN_SPECS or spec[-1] not in SPEC_FEATURES:
-        return features
-    feature = SPEC_FEATURES[spec[-1]]
-    return {feature.key(): feature}
 
 
 def _set(name: str) -> Callable[[Namespace], bool]:
@@ -127,7 +115,7 @@ def decoder_config(args: Namespace, vocab_size: int, dtype: str) -> PluginDecode
     try:
         heads = args.num_attention_heads
         fields: dict[str, Any] = _multipliers(args)
-        fields |= {key: feature.to_dict() for key, feature in active_features(args).items()}
+        fields |= {key: feature.to_dict() for key, feature in features_of(args).items()}
         return PluginDecoderConfig(
             vocab_size=vocab_size,
             hidden_size=args.hidden_size,

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch_plugins import reference
 
 from . import folder_model
-from .arguments import active_features
 from .checkpoint import Checkpoint
 from .reference_tensors import ReferenceTensors
 
@@ -199,16 +198,9 @@ def _installed(module: str) -> bool:
 
 
 def plain_arguments(args: Namespace) -> dict[str, Any]:
-    """The arguments that JSON can carry, features that ``--spec`` switched on given by flag."""
-    plain = {
-        name: value
-        for name, value in vars(args).items()
-        if isinstance(value, str | int | float | bool | list | type(None)) and _json(value)
-    }
-    for key, feature in active_features(args).items():
-        plain[key] = True
-        plain |= {feature.dest(name): value for name, value in feature.to_dict().items()}
-    return plain
+    """The arguments that JSON can carry."""
+    kinds = (str, int, float, list, type(None))
+    return {k: v for k, v in vars(args).items() if isinstance(v, kinds) and _json(v)}
 
 
 def _json(value: Any) -> bool:

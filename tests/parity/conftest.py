@@ -45,6 +45,7 @@ CASES = {
     "ladder-vpp2": LLAMA + PP2 + "--num-layers-per-virtual-pipeline-stage 1 --ladder-residual",
     "ladder-last2-tp2": TP2 + "--position-embedding-type rope --ladder-residual "
     "--ladder-layers last:2",
+    "ladder-spec-tp2": LLAMA + TP2 + "--spec megatron_plugins.specs ladder_gpt_layer_spec",
 }
 """Name -> flags, on top of ``tests.megatron.harness.TINY``: 4 layers, width 64, 255 tokens."""
 

@@ -28,6 +28,7 @@ MODEL_TYPES = {
     "numbered-layers-tp2": "llama",
     "ladder-vpp2": "plugin_decoder",
     "ladder-last2-tp2": "plugin_decoder",
+    "ladder-spec-tp2": "plugin_decoder",
 }
 
 
@@ -53,7 +54,7 @@ def test_logits(
     limit = verify.tolerance(case.config, expected)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     tensors = {name: x.float() for name, x in folder_tensors(tmp_path / "out").items()}
-    assert config["vocab_size"] == expected.shape[-1] == 255
+    assert config["vocab_size"] == expected.shape[-1] == case.config.vocab_size
     for other in (
         folder_model.logits(tmp_path / "out", case.input_ids),
         reference.logits(tensors, config, case.input_ids),

@@ -78,14 +78,6 @@ def test_layernorm_1p(checkpoint: Path, tmp_path: Path) -> None:
         assert torch.equal(shifted[name], plain[name] + (name in norms))
 
 
-def test_spec_door_without_flag(checkpoint: Path, tmp_path: Path) -> None:
-    """--spec megatron_plugins.specs ladder_gpt_layer_spec switches the ladder on by itself."""
-    change_arguments(checkpoint, spec=["megatron_plugins.specs", "ladder_gpt_layer_spec"])
-    model_type, _ = export(checkpoint, tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (model_type, config["ladder_residual"]) == ("plugin_decoder", {"layers": "all"})
-
-
 def test_diverged(
     checkpoint: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from megatron_plugins.export.checkpoint import COMMON_FILE, COMMON_ITEM, Checkpoint, find_iteration
 from tests.parity.conftest import Evil, plain_arguments
@@ -48,9 +48,11 @@ def test_common_file(where: str, checkpoint: Path, marker: Path) -> None:
 def test_common_item(checkpoint: Path, marker: Path) -> None:
     """From 0.19 on the common state lies among the tensors."""
     folder = find_iteration(checkpoint)
+    (folder / COMMON_FILE).unlink(missing_ok=True)
     torch.save([{"args": Evil(marker)}], folder / "evil.distcp")
     metadata = read_metadata(folder)
     length = (folder / "evil.distcp").stat().st_size
+    metadata.state_dict_metadata[COMMON_ITEM] = BytesStorageMetadata()
     metadata.storage_data[MetadataIndex(COMMON_ITEM)] = _StorageInfo("evil.distcp", 0, length)
     write_metadata(folder, metadata)
     with pytest.raises(ConfigError, match=r"common state of .*: refused"):
