@@ -59,12 +59,15 @@ def test_link_waits_when_the_caller_does_and_when_told(link):
 
 
 def test_ideal_and_hidden_share():
-    from overlap import ideal_forward, summarise
+    from overlap import ideal_forward, possible, summarise
     from step import CONTROL, LADDER, LADDER_BOUND, STANDARD, STANDARD_BOUND
 
     assert ideal_forward(0, 8) == 1  # nothing to hide
     assert ideal_forward(1, 8) == 9 / 16  # all but the last reduction under the next module
     assert ideal_forward(3, 1) == 1  # one module: nothing to hide it under
+
+    assert possible(0.5, 8) == possible(1, 8) == 7 / 8
+    assert possible(2, 8) == 7 / 16  # the link is busy twice as long as the compute
 
     def record(standard, ladder, control):
         times = {STANDARD.name: standard, LADDER.name: ladder, CONTROL.name: control}

@@ -64,6 +64,11 @@ def ideal_forward(ratio: float, modules: int) -> float:
     return ladder / (modules * (1 + ratio))
 
 
+def possible(ratio: float, modules: int) -> float:
+    """Share of the communication that the ideal ladder hides, at most all but the last."""
+    return (modules - 1) * min(ratio, 1) / (modules * ratio) if ratio else 0.0
+
+
 def summarise(records: list[Any], ratios: list[float], modules: int) -> list[dict[str, Any]]:
     """One row per link and phase: medians over the repetitions, of quotients taken within one.
 
@@ -89,6 +94,7 @@ def summarise(records: list[Any], ratios: list[float], modules: int) -> list[dic
                     "control": median(t[CONTROL.name] / t[STANDARD.name] for t in each),
                     "ideal": ideal_forward(ratio, modules) if phase == "forward" else None,
                     "hidden": median(s / c for s, c in zip(saved, lost, strict=True)),
+                    "possible": possible(ratio, modules) if phase == "forward" else None,
                 }
             )
     return rows
@@ -102,25 +108,26 @@ def print_table(rows: list[dict[str, Any]], shape: Shape) -> None:
         title=f"TP={RANKS}, {shape.layers} layers of {shape.hidden_size}, "
         f"{shape.message_bytes / 2**20:.2f} MiB per all-reduce"
     )
-    columns = ("phase", "link", "standard\nms", "ladder\nms", "ladder", "ideal", "control")
-    for column in (*columns, "hidden"):
+    columns = ("phase", "link", "standard\nms", "ladder\nms", "ladder", "control", "hidden")
+    for column in columns:
         table.add_column(column, justify="left" if column == "phase" else "right")
     for row in rows:
+        ideal = row["ideal"] if row["ratio"] else None
         table.add_row(
             row["phase"],
             f"{row['ratio']:g}" if row["ratio"] else "gloo",
             f"{row['standard_ms']:.1f}",
             f"{row['ladder_ms']:.1f}",
-            f"{row['ladder']:.2f}",
-            f"{row['ideal']:.2f}" if row["ideal"] and row["ratio"] else "",
+            f"{row['ladder']:.2f}" + (f" ({ideal:.2f})" if ideal else ""),
             f"{row['control']:.2f}",
-            f"{row['hidden']:.0%}",
+            f"{row['hidden']:.0%}" + (f" ({row['possible']:.0%})" if ideal else ""),
         )
-    console = Console()
+    console = Console(soft_wrap=True)
     console.print(table)
     console.print(
-        "link: time of an all-reduce over compute of a module. ladder, ideal, control (the ladder\n"
-        "waiting at once): time over standard. hidden: share of that waiting the overlap saves."
+        "link: time of an all-reduce over compute of a module. ladder, and the control (the\n"
+        "ladder waiting at once): time over standard. hidden: share of that waiting which the\n"
+        "overlap saves. In brackets: the ideal."
     )
 
 
