@@ -10,10 +10,15 @@ import sys
 _armed = False
 
 
+def disabled() -> bool:
+    """Whether ``MEGATRON_PLUGINS_DISABLE`` keeps the plugins off."""
+    return os.environ.get("MEGATRON_PLUGINS_DISABLE", "0") not in ("", "0")
+
+
 def activate() -> None:
-    """Arm the import watcher, once; ``MEGATRON_PLUGINS_DISABLE=1`` keeps it off."""
+    """Arm the import watcher, once."""
     global _armed
-    if _armed or os.environ.get("MEGATRON_PLUGINS_DISABLE", "0") not in ("", "0"):
+    if _armed or disabled():
         return
     _armed = True
     try:

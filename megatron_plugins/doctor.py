@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_plugins import cpu
+from megatron_plugins import _autoload, cpu
 from megatron_plugins.seams import patch, versions
 from megatron_plugins.seams.ledger import HOOKS, USED, Symbol
 
@@ -99,7 +99,7 @@ def examine(symbol: Symbol) -> dict[str, Any]:
         if owner is not None:
             state, at, wrapped_by = "found", target, others(getattr(owner, name), module_name)
             break
-    if symbol.handler and state == "found":
+    if symbol.handler and state == "found" and not _autoload.disabled():
         state = patch.state(symbol) if symbol.id not in patch.failed else "missing"
     if symbol.id in patch.failed:
         error = repr(patch.failed[symbol.id])

@@ -14,11 +14,12 @@ from megatron_plugins.seams import versions, watcher
 from megatron_plugins.seams.ledger import HOOKS, Symbol
 from torch_plugins.config import ConfigError
 
-_MARK = "__megatron_plugins_hook__"
+_PATCH = "__megatron_plugins_patch__"
 
 
 @dataclass
 class _Patch:
+    mark: str
     owner: Any
     name: str
     original: Any
@@ -37,9 +38,9 @@ def wrap(owner: Any, name: str, handler: Callable[..., Any], mark: str) -> None:
     Idempotent per ``mark``; the replacement keeps ``__wrapped__`` and the original's metadata.
     """
     original = getattr(owner, name)
-    if getattr(original, _MARK, None) == mark:
+    if _is_ours(original, mark):
         return
-    patch = _Patch(owner, name, original, None)
+    patch = _Patch(mark, owner, name, original, None)
 
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -47,7 +48,7 @@ def wrap(owner: Any, name: str, handler: Callable[..., Any], mark: str) -> None:
             return original(*args, **kwargs)
         return handler(original, *args, **kwargs)
 
-    setattr(replacement, _MARK, mark)
+    setattr(replacement, _PATCH, patch)
     patch.replacement = replacement
     setattr(owner, name, replacement)
     _applied.append(patch)
@@ -120,10 +121,16 @@ def state(symbol: Symbol) -> str:
     return "waiting" if symbol.id not in failed and not any(modules) else "missing"
 
 
+def _is_ours(function: Any, mark: str) -> bool:
+    """Whether ``function`` itself is the wrapper ``mark``, and not undone."""
+    patch = getattr(function, _PATCH, None)
+    return patch is not None and patch.live and patch.mark == mark
+
+
 def is_hooked(function: Any, mark: str) -> bool:
     """Whether our wrapper is ``function`` or lies under wrappers of others."""
     while function is not None:
-        if getattr(function, _MARK, None) == mark:
+        if _is_ours(function, mark):
             return True
         function = getattr(function, "__wrapped__", None)
     return False

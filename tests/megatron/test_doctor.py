@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from megatron_plugins import doctor
+from megatron_plugins.seams import patch
 from megatron_plugins.seams.ledger import HOOKS, USED, Symbol
 
 
@@ -36,6 +37,19 @@ def test_missing_hook(monkeypatch, capsys, target):
     monkeypatch.setattr(doctor, "HOOKS", (hook,))
     assert doctor.main([]) == 1
     assert f"missing  lost                 {target}" in capsys.readouterr().out
+
+
+def test_disabled(monkeypatch, capsys):
+    """Nothing is hooked, on purpose: the report says why, and what would be hooked is there."""
+    monkeypatch.setenv("MEGATRON_PLUGINS_DISABLE", "1")
+    patch.undo_all()
+    try:
+        assert doctor.main(["--json"]) == 0
+    finally:
+        patch.arm()
+    report = json.loads(capsys.readouterr().out)
+    assert report["activation"]["MEGATRON_PLUGINS_DISABLE"] == "1"
+    assert {row["state"] for row in report["hooks"]} == {"found"}
 
 
 def test_conflict_is_named(monkeypatch, capsys):

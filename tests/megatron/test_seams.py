@@ -156,6 +156,16 @@ def test_undo_under_a_wrapper_of_somebody_else(upstream, patches):
     assert module.answer(1) == 1
 
 
+def test_a_copy_of_an_undone_wrapper_can_be_wrapped_again(upstream, patches):
+    module = importlib.import_module("upstream.defines")
+    patch.wrap(module, "answer", double, "test")
+    importer = importlib.import_module("upstream.binds")
+    patch.undo_all()
+    assert importer.answer(1) == 1
+    patch.wrap(importer, "answer", double, "test")
+    assert importer.answer(1) == 2
+
+
 def test_a_hook_that_fails_to_load_is_told_and_blocks_its_feature(
     upstream, patches, monkeypatch, capsys
 ):
