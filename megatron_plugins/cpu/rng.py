@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_plugins.cpu.piece import Piece, replace
+from torch_plugins.config import ConfigError
 
 
 class _Generators:
@@ -26,10 +27,15 @@ def _rng() -> None:
     generator = torch.default_generator
 
     def set_state(state: torch.Tensor, device: Any = None) -> None:
+        if state.numel() != generator.get_state().numel():
+            raise ConfigError(
+                "the checkpoint holds the random state of a GPU, which a CPU cannot continue; "
+                "load it with --no-load-rng"
+            )
         generator.set_state(state)
 
     def set_state_all(states: list[torch.Tensor]) -> None:
-        generator.set_state(states[0])
+        set_state(states[0])
 
     def manual_seed(seed: int) -> None:
         generator.manual_seed(int(seed))

@@ -5,6 +5,8 @@ import importlib
 import pytest
 import torch
 
+from torch_plugins.config import ConfigError
+
 CUDA = torch.device("cuda", 0)
 ORIGINAL = {
     (owner, name): getattr(owner, name)
@@ -38,6 +40,8 @@ def check_rng() -> None:
     first = torch.rand(3)
     torch.cuda.set_rng_state(state)
     assert torch.equal(torch.rand(3), first)
+    with pytest.raises(ConfigError, match="--no-load-rng"):
+        torch.cuda.set_rng_state(torch.zeros(16, dtype=torch.uint8))
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     tracker = get_cuda_rng_tracker()
@@ -75,8 +79,6 @@ def check_distributed() -> None:
 
 def check_batched_p2p() -> None:
     from megatron.core.pipeline_parallel import p2p_communication
-
-    from torch_plugins.config import ConfigError
 
     nothing = dict.fromkeys(
         ("tensor_send_prev", "tensor_recv_prev", "tensor_send_next", "tensor_recv_next")
