@@ -4,7 +4,8 @@
 
 ``CASES`` maps a name to the flags of its model, which come after those of the command line. Weights
 are random and large enough for every part to matter: at Megatron's own start attention is nearly
-uniform, norms are one and biases zero.
+uniform, norms are one and biases zero. With ``TRANSFORMER_ENGINE`` in the environment, the layers
+are those of the TransformerEngine spec.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "megatron"))
+if "TRANSFORMER_ENGINE" in os.environ:
+    import te_layers  # noqa: F401  TransformerEngine, as far as a machine without a GPU can have it
+
 import torch
+import train_gpt
 from megatron.core import num_microbatches_calculator, parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training import global_vars
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import save_checkpoint
-
-sys.path.append(str(Path(__file__).parents[1] / "megatron"))
-from train_gpt import model_provider
 
 
 def enlarge(model: torch.nn.Module, seed: int) -> None:
@@ -52,7 +57,8 @@ def save(name: str, flags: list[str], base: list[str], folder: Path) -> None:
     for stage in range(stages or 1):
         first = parallel_state.is_pipeline_first_stage(False, stage if stages else None)
         last = parallel_state.is_pipeline_last_stage(False, stage if stages else None)
-        model = model_provider(first, last, vp_stage=stage if stages else None)
+        model = train_gpt.model_provider(first, last, vp_stage=stage if stages else None)
+        assert ("TELayerNorm" in repr(model)) == ("TRANSFORMER_ENGINE" in os.environ)
         enlarge(model, 100 * stage + parallel_state.get_pipeline_model_parallel_rank())
         models.append(Float16Module(model.config, model) if args.bf16 else model)
     save_checkpoint(1, models, None, None, 0)
@@ -61,7 +67,13 @@ def save(name: str, flags: list[str], base: list[str], folder: Path) -> None:
     num_microbatches_calculator.destroy_num_microbatches_calculator()
 
 
+def transformer_engine_spec(qk_layernorm: bool, normalization: str) -> ModuleSpec:
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+
+
 def main() -> None:
+    if "TRANSFORMER_ENGINE" in os.environ:
+        train_gpt.get_gpt_layer_local_spec = transformer_engine_spec
     base = sys.argv[: sys.argv.index("--save")]
     folder = Path(sys.argv[-1])
     torch.distributed.init_process_group("gloo")
