@@ -87,6 +87,18 @@ def _all_to_all() -> None:
     replace(dist, "all_to_all_single", with_int_splits)
 
 
+def _sends() -> None:
+    isend = dist.isend
+
+    @functools.wraps(isend)
+    def isend_kept(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # A view of its own: its storage lives until the send is done, whatever becomes of tensor.
+        return isend(tensor.detach(), *args, **kwargs)
+
+    replace(dist, "isend", isend_kept)
+    replace(dist.distributed_c10d, "isend", isend_kept)
+
+
 def _batched_p2p(module: ModuleType) -> None:
     batched = module._batched_p2p_ops
 
@@ -125,6 +137,13 @@ PIECES = (
         "upstream turns its split sizes into lists only when they come from a CUDA tensor",
         "MoE with expert parallelism",
         _all_to_all,
+    ),
+    Piece(
+        "sends",
+        "the pipeline schedules of 0.17 empty a tensor while gloo still sends it, which a CUDA "
+        "stream would put in order; the next stage gets garbage",
+        "virtual pipeline stages",
+        _sends,
     ),
     Piece(
         "batched-p2p",
