@@ -50,7 +50,8 @@ def test_no_script(command):
 
 
 def test_without_entry_point_the_flag_is_unknown():
-    output, code = run(TRAIN_GPT, *TINY, *ONCE)
+    parse = "import torch; from megatron.training.arguments import parse_args; parse_args()"
+    output, code = run("-c", parse, *ONCE)
     assert code == 2
     assert "unrecognized arguments: --ladder-residual" in output
 
