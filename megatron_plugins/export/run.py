@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint, find_iteration
 from .mapping import HFTensors
 from .tokenizer import Tokenizer, vocabulary
 from .verify import Verdict, VerificationError, verify
-from .writer import check_output, new_folder, write_model
+from .writer import check_output, check_shard_size, new_folder, write_model
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -53,6 +53,7 @@ def export(
     """
     load, output = load.absolute(), output.absolute()
     check_output(output, force)
+    check_shard_size(max_shard_size)
     checkpoint = Checkpoint(find_iteration(load, iteration))
     progress(f"read the arguments of {checkpoint.folder}")
     refuse_inexpressible(checkpoint.args)

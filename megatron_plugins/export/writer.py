@@ -50,6 +50,18 @@ def check_output(output: Path, force: bool) -> None:
         )
 
 
+def check_shard_size(size: str) -> None:
+    """Raise :class:`ConfigError` for a ``--max-shard-size`` that cannot be read."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+    except ValueError as error:
+        raise ConfigError(
+            f"--max-shard-size {size}: a number and KB, MB, GB or TB, such as 5GB"
+        ) from error
+
+
 @contextmanager
 def new_folder(output: Path, force: bool) -> Iterator[Path]:
     """A hidden folder beside ``output`` that takes its name when the block ends well.

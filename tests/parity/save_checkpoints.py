@@ -59,7 +59,8 @@ def save(name: str, flags: list[str], base: list[str], folder: Path) -> None:
         last = parallel_state.is_pipeline_last_stage(False, stage if stages else None)
         model = train_gpt.model_provider(first, last, vp_stage=stage if stages else None)
         assert ("TELayerNorm" in repr(model)) == ("TRANSFORMER_ENGINE" in os.environ)
-        enlarge(model, 100 * stage + parallel_state.get_pipeline_model_parallel_rank())
+        # Every shard its own; of what is replicated one copy is saved, whichever.
+        enlarge(model, 100 * stage + torch.distributed.get_rank())
         models.append(Float16Module(model.config, model) if args.bf16 else model)
     save_checkpoint(1, models, None, None, 0)
     parallel_state.destroy_model_parallel()

@@ -121,6 +121,11 @@ def test_other_formats(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     assert "--ckpt-convert-format torch_dist" in refused(checkpoint, tmp_path, capsys)
 
 
+def test_shard_size(checkpoints: Path, tmp_path: Path, capsys: Any) -> None:
+    message = refused(checkpoints / "mup-pp2", tmp_path, capsys, "--max-shard-size", "big")
+    assert "--max-shard-size big: a number and KB, MB, GB or TB" in message
+
+
 def small_tokenizer(file: Path, tokens: int) -> Path:
     tokenizer = Tokenizer(models.WordLevel({}, unk_token="<unk>"))
     trainer = trainers.WordLevelTrainer(special_tokens=["<unk>", "<|endoftext|>"])
