@@ -152,6 +152,25 @@ def test_demo_leaves_other_folders_alone(tmp_path):
     assert not (own_folder(tmp_path / "ladder") / "old").exists()
 
 
+def test_resume_keeps_an_arm_only_with_the_same_settings_and_data(tmp_path):
+    from dataclasses import replace
+
+    from demo import finished, identity
+    from prepare_data import Corpus
+    from settings import QUICK
+    from training_log import History
+
+    corpus = Corpus(512, 10, 1000, 100, "fingerprint")
+    history = History(512, [1], [6.0], [10.0], [1], [6.0])
+    assert finished("ladder", QUICK, corpus, tmp_path) is None
+    (tmp_path / "ladder").mkdir()
+    history.save(tmp_path / "ladder" / "history.json")
+    (tmp_path / "ladder" / "finished.json").write_text(json.dumps(identity(QUICK, corpus)))
+    assert finished("ladder", QUICK, corpus, tmp_path) == history
+    assert finished("ladder", replace(QUICK, seed=2), corpus, tmp_path) is None
+    assert finished("ladder", QUICK, replace(corpus, fingerprint="other"), tmp_path) is None
+
+
 def test_failed_step_names_its_log(tmp_path):
     from training import DemoError, run_logged
 
