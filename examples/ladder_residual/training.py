@@ -70,10 +70,11 @@ def run_logged(command: list[str], log: Path) -> Iterator[Iterator[str]]:
             errors="replace",
         ) as process,
     ):
-        assert process.stdout is not None
+        stdout = process.stdout
+        assert stdout is not None
 
         def lines() -> Iterator[str]:
-            for line in process.stdout:
+            for line in stdout:
                 file.write(line)
                 file.flush()
                 yield line.rstrip()
@@ -137,7 +138,7 @@ def progress_bar(console: Console) -> Progress:
 
 def show(history: History, progress: Progress, task: TaskID) -> None:
     """Move the bar; where the output is no terminal, print a line every tenth of the run."""
-    total, iteration = progress.tasks[task].total, history.iterations[-1]
+    total, iteration = int(progress.tasks[task].total or 1), history.iterations[-1]
     loss = f"loss {history.losses[-1]:.3f}"
     if history.valid_losses:
         loss += f", validation {history.valid_losses[-1]:.3f}"

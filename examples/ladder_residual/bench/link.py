@@ -50,7 +50,7 @@ class Link:
         self._all_reduce: Callable[..., Any] = dist.all_reduce
 
     def install(self) -> None:
-        dist.all_reduce = self.all_reduce
+        dist.all_reduce = self.all_reduce  # type: ignore[assignment]
 
     def remove(self) -> None:
         dist.all_reduce = self._all_reduce
