@@ -1,7 +1,7 @@
 """One frozen dataclass per feature: the single source of Megatron flags, DeepSpeed JSON keys,
 Hugging Face config fields and README tables.
 
-A feature ``LadderResidual`` named ``ladder-residual`` with the prefix ``ladder`` and a field ``layers``:
+A feature named ``ladder-residual`` with the prefix ``ladder`` and a field ``layers``:
 
 =================  ==========================================
 Megatron           ``--ladder-residual --ladder-layers SPEC``
@@ -9,7 +9,7 @@ DeepSpeed JSON     ``"ladder_residual": {"layers": SPEC}``
 Hugging Face       ``config.ladder_residual = {"layers": SPEC}``
 =================  ==========================================
 
-Standard library only, and free of relative imports: an exported Hugging Face folder carries this file.
+Standard library only, and free of relative imports: an exported Hugging Face folder carries it.
 """
 
 from __future__ import annotations
