@@ -166,8 +166,6 @@ def validate(original: Callable[..., Any], args: Namespace, *rest: Any, **kwargs
     """
     if cpu.installed():
         cpu.adjust_args(args)
-    if cpu.installed():
-        cpu.adjust_args(args)
     result = original(args, *rest, **kwargs)
     check_features(args, features_of(args))
     return result
