@@ -127,7 +127,7 @@ def start() -> str:
         cpu.install()
     import megatron.core
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

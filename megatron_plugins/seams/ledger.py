@@ -17,7 +17,7 @@ class Symbol:
     id: str
     targets: tuple[str, ...]
     feature: str
-    """Key of the feature that needs it; ``any``: all of them."""
+    """Key of the feature that needs it; ``any``: all of them; ``export``: the exporter's check."""
     why: str
     remove_when: str
     versions: str = "0.17-0.20"
@@ -144,6 +144,56 @@ USED: tuple[Symbol, ...] = (
         targets=("megatron.core.models.gpt.gpt_layer_specs:get_gpt_decoder_block_spec",),
         feature="any",
         why="the stock layers behind --spec megatron_plugins.specs gpt_layer_spec",
+        remove_when="never",
+    ),
+    Symbol(
+        id="te-row-parallel",
+        targets=("megatron.core.extensions.transformer_engine:TERowParallelLinear",),
+        feature="ladder_residual",
+        why="it reduces only in parallel_mode 'row', which it reads at each forward; the ladder "
+        "clears it",
+        remove_when="TERowParallelLinear returns a handle of an asynchronous reduction",
+    ),
+    Symbol(
+        id="export-model",
+        targets=("megatron.core.models.gpt:GPTModel",),
+        feature="export",
+        why="Megatron's own logits, the reference of an export",
+        remove_when="never",
+    ),
+    Symbol(
+        id="export-layer-spec",
+        targets=("megatron.core.models.gpt.gpt_layer_specs:get_gpt_layer_local_spec",),
+        feature="export",
+        why="layers of that model",
+        remove_when="never",
+    ),
+    Symbol(
+        id="export-load",
+        targets=("megatron.core:dist_checkpointing",),
+        feature="export",
+        why="loads the checkpoint into it",
+        remove_when="never",
+    ),
+    Symbol(
+        id="export-shards",
+        targets=("megatron.core.dist_checkpointing.mapping:ShardedObject",),
+        feature="export",
+        why="tells tensors from the pickled extra states, which are not read",
+        remove_when="never",
+    ),
+    Symbol(
+        id="export-parallel",
+        targets=("megatron.core:parallel_state",),
+        feature="export",
+        why="a world of one process for it",
+        remove_when="never",
+    ),
+    Symbol(
+        id="export-seed",
+        targets=("megatron.core.tensor_parallel.random:model_parallel_cuda_manual_seed",),
+        feature="export",
+        why="building layers needs a seeded random state",
         remove_when="never",
     ),
 )
