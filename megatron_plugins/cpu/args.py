@@ -56,6 +56,11 @@ REFUSED: tuple[Refusal, ...] = (
         "the local attention knows no context parallelism",
     ),
     Refusal(
+        "--multi-latent-attention",
+        _on("multi_latent_attention"),
+        "the local attention has one size for keys and values",
+    ),
+    Refusal(
         "--transformer-impl inference_optimized",
         _is("transformer_impl", "inference_optimized"),
         _NO_TE,

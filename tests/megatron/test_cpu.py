@@ -173,6 +173,7 @@ def parse(*flags: str) -> Namespace:
 CANNOT_RUN = [
     ("--context-parallel-size", "2"),
     ("--transformer-impl", "inference_optimized"),
+    ("--multi-latent-attention",),
     ("--fp8-format", "hybrid"),
     ("--fp4-format", "e2m1"),
     ("--tp-comm-overlap",),
