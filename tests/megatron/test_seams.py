@@ -190,8 +190,9 @@ def test_ledger_matches_the_installed_megatron(symbol):
     assert not row["wrapped_by"]
     module_name, _, attribute = row["target"].partition(":")
     owner, name = patch.find(sys.modules[module_name], attribute)
-    source = inspect.getsource(inspect.unwrap(getattr(owner, name)))
-    assert [word for word in symbol.relies_on if word not in source] == []
+    if symbol.relies_on:
+        source = inspect.getsource(inspect.unwrap(getattr(owner, name)))
+        assert [word for word in symbol.relies_on if word not in source] == []
 
 
 def test_ledger_ids_are_unique_and_features_exist():
