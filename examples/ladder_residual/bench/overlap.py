@@ -155,7 +155,7 @@ def plot(rows: list[dict[str, Any]], modules: int, path: Path) -> None:
     axes.set_xlabel("time of an all-reduce / compute of a module (0: gloo as it is)")
     axes.set_ylabel("ladder / standard")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
     plt.close(figure)
 
