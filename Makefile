@@ -52,17 +52,19 @@ MATRIX = 0.17.1 0.18.2
 
 test-matrix: $(MATRIX:%=matrix-%) $(if $(MEGATRON_LM),matrix-checkout)
 
+.PRECIOUS: .matrix/core-%/.ready
 .matrix/core-%/.ready: $(STAMP)
 	$(RUN) -m venv --without-pip $(@D)
 	echo "import site; site.addsitedir('$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
 		> $$(echo $(@D)/lib/python*/site-packages)/base.pth
 	$(RUN) -m pip install -q --no-deps --target $$(echo $(@D)/lib/python*/site-packages) megatron-core==$*
+	ln -sfn $$($(RUN) -c 'import nvidia; print(list(nvidia.__path__)[0])') $$(echo $(@D)/lib/python*/site-packages)/nvidia
 	@touch $@
 
 matrix-checkout: env
 	PYTHONPATH=$(MEGATRON_LM) $(RUN) -m pytest tests/megatron tests/parity $(ARGS)
 
-matrix-%: .matrix/core-%/.ready
+matrix-%: .matrix/core-%/.ready transformer-engine
 	.matrix/core-$*/bin/python -m pytest tests/megatron tests/parity $(ARGS)
 
 clean:

@@ -10,6 +10,7 @@ A stands for a tensor of the ladder model, B for one of the reference.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -157,6 +158,9 @@ def difference(A: dict[str, Tensor], B: dict[str, Tensor]) -> float:
 
 
 def against_recurrence(ladder: str, options: dict[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if not options.keys() <= known:
+        return {"unknown": sorted(options.keys() - known)}
     model, stock = pair(ladder, **options)
     A, B = model(*inputs()), recurrence(stock, ladder)
     standard = stock(*inputs())

@@ -27,9 +27,15 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return {line.pop("case"): line for line in map(json.loads, output.read_text().splitlines())}
 
 
+def known(case: dict[str, Any]) -> dict[str, Any]:
+    if "unknown" in case:
+        pytest.skip(f"this Megatron has no {', '.join(case['unknown'])}")
+    return case
+
+
 @pytest.mark.parametrize("name", AGAINST_RECURRENCE)
 def test_logits_and_gradients_are_the_recurrences(cases: dict[str, Any], name: str) -> None:
-    case = cases[name]
+    case = known(cases[name])
     assert case["logits"] <= 1e-6
     assert case["gradients"] <= 2e-6
     assert case["from standard"] >= 5e-3, "this case could not tell a ladder from the standard"
@@ -37,8 +43,9 @@ def test_logits_and_gradients_are_the_recurrences(cases: dict[str, Any], name: s
 
 @pytest.mark.parametrize("name", AGAINST_RECURRENCE)
 def test_state_dict_keys_stay_stock(cases: dict[str, Any], name: str) -> None:
-    assert cases[name]["same keys"]
-    assert cases[name]["same sharded keys"]
+    case = known(cases[name])
+    assert case["same keys"]
+    assert case["same sharded keys"]
 
 
 @pytest.mark.parametrize("name", ["dropout", "dropout-sequence-parallel"])
