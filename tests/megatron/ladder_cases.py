@@ -303,19 +303,16 @@ def static_inference(**options: Any) -> dict[str, Any]:
     model, _ = pair("last:3", **options)
     model.eval()
     tokens, positions, mask = inputs()
+    context = StaticInferenceContext(BATCH, SEQUENCE)
+    gathered = {"runtime_gather_output": True}
+    cached = {**gathered, "inference_context": context}
     with torch.no_grad():
-        full = model(tokens, positions, mask)
-        context = StaticInferenceContext(BATCH, SEQUENCE)
-        parts = [
-            model(tokens[:, :9], positions[:, :9], mask[..., :9, :9], inference_context=context)
-        ]
-        context.sequence_len_offset = 9
+        full = model(tokens, positions, mask, **gathered)
+        parts = [model(tokens[:, :9], positions[:, :9], mask[..., :9, :9], **cached)]
         for step in range(9, SEQUENCE):
+            context.sequence_len_offset = step
             last = slice(step, step + 1)
-            parts.append(
-                model(tokens[:, last], positions[:, last], None, inference_context=context)
-            )
-            context.sequence_len_offset += 1
+            parts.append(model(tokens[:, last], positions[:, last], None, **cached))
     return {"logits": (torch.cat(parts, dim=1) - full).abs().max().item()}
 
 
