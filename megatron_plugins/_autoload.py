@@ -22,9 +22,10 @@ def activate() -> None:
         return
     _armed = True
     try:
-        from megatron_plugins.seams import doors, patch, watcher
+        from megatron_plugins.seams import doors, ledger
+        from torch_plugins.seams import patch, watcher
 
-        patch.arm()
+        patch.arm(ledger.HOOKS)
         watcher.before("megatron", doors.install_cpu)
     except Exception as error:
         print(f"megatron_plugins is off, it failed to load: {error!r}", file=sys.stderr)

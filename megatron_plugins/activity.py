@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_plugins.arguments import features_of
+from megatron_plugins.features import adapter
 from megatron_plugins.seams import doors
 from torch_plugins.config import ConfigError
 
@@ -24,7 +26,7 @@ def report(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     run = doors.megatron_args()
     features = features_of(run)
     if features:
-        lines = summary(features, run.num_layers, gather(layers.ACTIVE))
+        lines = summary(features, run.num_layers, gather(layers.ACTIVE), run, result)
         if not dist.is_initialized() or dist.get_rank() == 0:
             print("\n".join(lines), flush=True)
     return result
@@ -44,11 +46,23 @@ def gather(active: Mapping[str, set[int]]) -> dict[str, set[int]]:
 
 
 def summary(
-    features: Mapping[str, Any], num_layers: int, active: Mapping[str, set[int]]
+    features: Mapping[str, Any],
+    num_layers: int,
+    active: Mapping[str, set[int]],
+    run: Namespace | None = None,
+    built: Any = None,
 ) -> list[str]:
-    """``["ladder-residual: 4 of 4 layers"]``; see :func:`report` for what is raised."""
+    """``["ladder-residual: 4 of 4 layers"]``; see :func:`report` for what is raised.
+
+    A feature that does not rewrite layers has ``describe(feature, args, built)`` in its adapter,
+    ``built`` being ``(model chunks, optimizer, scheduler)``.
+    """
     lines = []
     for key, feature in features.items():
+        describe = getattr(adapter(key), "describe", None)
+        if describe is not None:
+            lines.append(f"{feature.name}: {describe(feature, run, built)}")
+            continue
         wanted = set(feature.resolve(num_layers))
         missing = sorted(wanted - active.get(key, set()))
         if missing:

@@ -15,10 +15,22 @@ from typing import Any
 from megatron_plugins import cpu
 from megatron_plugins.features import adapter
 from megatron_plugins.refusals import refuse
-from megatron_plugins.seams import doors, patch
-from torch_plugins.config import FEATURES, ConfigError, did_you_mean
+from megatron_plugins.seams import doors, requirements
+from torch_plugins.config import FEATURES, ConfigError, Feature, did_you_mean
 
-_TYPES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float}
+
+def integer(text: str) -> int:
+    """An integer, also as ``250_000`` or ``2.5e11``."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        if not value.is_integer():
+            raise
+        return int(value)
+
+
+_TYPES: dict[str, Callable[[str], Any]] = {"str": str, "int": integer, "float": float}
 
 
 def add_flags(
@@ -30,14 +42,20 @@ def add_flags(
         group = parser.add_argument_group(
             f"{feature.title} (plugin)", f"https://arxiv.org/abs/{feature.paper}"
         )
-        group.add_argument(feature.flag(), action="store_true", help=f"Turn {feature.title} on.")
+        turn_on = f"Turn {feature.title} on."
+        if feature.switch is None:
+            group.add_argument(feature.flag(), action="store_true", help=turn_on)
+        else:
+            _extend_choices(parser, *feature.switch, turn_on)
         for field in dataclasses.fields(feature):
+            default = "" if field.default is None else f" Default: {field.default}."
             # None until typed: a field's flag without the feature's own must be told apart.
             group.add_argument(
                 feature.flag(field.name),
-                type=_TYPES[str(field.type)],
+                type=_TYPES[str(field.type).removesuffix(" | None")],
+                choices=field.metadata["choices"],
                 metavar=field.metadata["metavar"],
-                help=f"{field.metadata['help']} Default: {field.default}.".replace("%", "%%"),
+                help=f"{field.metadata['help']}{default}".replace("%", "%%"),
             )
     group = parser.add_argument_group("CPU backend (plugin)")
     group.add_argument(
@@ -46,6 +64,13 @@ def add_flags(
         help=f"Run on the CPU over gloo, for tests and small models; also {cpu.VARIABLE}=1.",
     )
     return _on_parser(parser)
+
+
+def _extend_choices(parser: Any, option: str, value: str, help: str) -> None:
+    """Let Megatron's ``option`` take one more value."""
+    action = parser._option_string_actions[option]
+    action.choices = [*(action.choices or ()), value]
+    action.help = f"{action.help or ''} {value}: {help}".strip()
 
 
 def _on_parser(parser: Any) -> ArgumentParser:
@@ -78,7 +103,7 @@ def own_flags() -> list[str]:
     """Every flag of the plugins."""
     flags = [cpu.FLAG]
     for feature in FEATURES:
-        flags.append(feature.flag())
+        flags.extend([feature.flag()] if feature.switch is None else [])
         flags.extend(feature.flag(field.name) for field in dataclasses.fields(feature))
     return flags
 
@@ -106,17 +131,21 @@ def check_typed(args: Namespace) -> None:
     """
     typed = [cpu.FLAG] if args.cpu_backend else []
     for feature in FEATURES:
-        on = getattr(args, feature.key())
+        names = [field.name for field in dataclasses.fields(feature)]
+        given = {name: getattr(args, feature.dest(name)) for name in names}
+        given = {name: value for name, value in given.items() if value is not None}
+        if feature.implied and given:
+            setattr(args, feature.key(), True)
+        on = is_on(args, feature)
         typed += [feature.flag()] if on else []
-        for field in dataclasses.fields(feature):
-            value = getattr(args, feature.dest(field.name))
-            if value is not None and not on:
+        for name, value in given.items():
+            if not on:
                 raise ConfigError(
-                    f"{feature.flag(field.name)} {value} does nothing without {feature.flag()}: "
-                    f"add {feature.flag()}, or drop {feature.flag(field.name)}"
+                    f"{feature.flag(name)} {value} does nothing without {feature.flag()}: "
+                    f"add {feature.flag()}, or drop {feature.flag(name)}"
                 )
-            if on and value is None:
-                setattr(args, feature.dest(field.name), field.default)
+        if on:
+            set_features(args, {feature.key(): feature(**given)})
     if typed and getattr(args, "yaml_cfg", None) is not None:
         raise ConfigError(
             f"{', '.join(typed)} with --yaml-cfg {args.yaml_cfg}: Megatron ignores the command "
@@ -125,11 +154,23 @@ def check_typed(args: Namespace) -> None:
     doors.check_cpu(args.cpu_backend)
 
 
+def is_on(args: Namespace, feature: type[Feature]) -> bool:
+    """Whether a namespace turns ``feature`` on."""
+    if feature.switch is None:
+        return bool(getattr(args, feature.key(), False))
+    option, value = feature.switch
+    return getattr(args, _dest(option), None) == value
+
+
+def _dest(option: str) -> str:
+    return option.lstrip("-").replace("-", "_")
+
+
 def features_of(args: Namespace) -> dict[str, Any]:
     """Active features of a namespace, which may come from a checkpoint: key -> configuration."""
     active: dict[str, Any] = {}
     for feature in FEATURES:
-        if getattr(args, feature.key(), False):
+        if is_on(args, feature):
             names = [field.name for field in dataclasses.fields(feature)]
             given = {name: getattr(args, feature.dest(name), None) for name in names}
             active[feature.key()] = feature(**{k: v for k, v in given.items() if v is not None})
@@ -139,7 +180,10 @@ def features_of(args: Namespace) -> dict[str, Any]:
 def set_features(args: Namespace, features: dict[str, Any]) -> None:
     """Turn ``features`` on in a namespace, as if they had been typed."""
     for key, feature in features.items():
-        setattr(args, key, True)
+        if feature.switch is None:
+            setattr(args, key, True)
+        else:
+            setattr(args, _dest(feature.switch[0]), feature.switch[1])
         for name, value in feature.to_dict().items():
             setattr(args, feature.dest(name), value)
 
@@ -174,7 +218,7 @@ def validate(original: Callable[..., Any], args: Namespace, *rest: Any, **kwargs
 def check_features(args: Namespace, features: dict[str, Any]) -> None:
     """What every active feature demands of validated arguments, before anything is built."""
     for key, feature in features.items():
-        patch.require(key, feature.flag())
+        requirements.require(key, feature.flag())
         refuse(args, feature.flag(), adapter(key).REFUSED)
         adapter(key).validate(args, feature)
 

@@ -18,7 +18,7 @@ def restore(original: Callable[..., Any], args: Namespace, *rest: Any, **kwargs:
     checkpoint has and the command line does not name are turned on."""
     result = original(args, *rest, **kwargs)
     if isinstance(result, tuple):  # else there was no checkpoint, or none with arguments
-        given, saved = features_of(args), features_of(result[1])
+        given, saved = of_model(args), of_model(result[1])
         missing = {key: feature for key, feature in saved.items() if key not in given}
         set_features(args, missing)
         for feature in missing.values():
@@ -51,7 +51,7 @@ def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
     Raises:
         ConfigError: the checkpoint has a feature that this run lacks, or has with other values.
     """
-    run, saved = features_of(args), features_of(saved_args)
+    run, saved = of_model(args), of_model(saved_args)
     for key in run.keys() - saved.keys():
         print_rank_0(
             f"{run[key].name}: standard checkpoint loaded into a {run[key].title} model: "
@@ -59,7 +59,8 @@ def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
         )
     for key, theirs in saved.items():
         mine = run.get(key)
-        if mine is None or mine.resolve(args.num_layers) != theirs.resolve(args.num_layers):
+        layers = args.num_layers
+        if mine is None or mine.function(layers) != theirs.function(layers):
             told = f"has {as_flags(theirs)}, this run {as_flags(mine) if mine else 'does not'}"
             if not args.finetune:
                 raise ConfigError(
@@ -69,9 +70,15 @@ def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
             print_rank_0(f"{theirs.name}: checkpoint {folder} {told}: retrain it")
 
 
+def of_model(args: Namespace) -> dict[str, Any]:
+    """Active features that decide the function of the weights; a schedule is not one of them."""
+    return {key: feature for key, feature in features_of(args).items() if feature.changes_model}
+
+
 def as_flags(feature: Any) -> str:
     """``--ladder-residual --ladder-layers all``."""
-    fields = [f"{feature.flag(name)} {value}" for name, value in feature.to_dict().items()]
+    given = {name: value for name, value in feature.to_dict().items() if value is not None}
+    fields = [f"{feature.flag(name)} {value}" for name, value in given.items()]
     return " ".join([feature.flag(), *fields])
 
 

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_plugins import _autoload, cpu
-from megatron_plugins.seams import patch, versions
-from megatron_plugins.seams.ledger import HOOKS, USED, Symbol
+from megatron_plugins.seams import versions
+from megatron_plugins.seams.ledger import HOOKS, USED
+from torch_plugins.seams import patch
+from torch_plugins.seams.symbol import Symbol
 
 PACKAGES = ("torch", "transformer-engine", "deepspeed", "transformers")
 
@@ -121,7 +123,7 @@ def others(function: Any, home: str) -> list[str]:
     found = []
     while function is not None:
         module = getattr(function, "__globals__", {}).get("__name__", home)
-        if module != home and not module.startswith("megatron_plugins."):
+        if module not in (home, patch.__name__) and not module.startswith("megatron_plugins."):
             found.append(module)
         function = getattr(function, "__wrapped__", None)
     return found

@@ -37,6 +37,10 @@ STDLIB_ONLY = (
     "megatron_plugins/seams",
     "torch_plugins/__init__.py",
     "torch_plugins/config.py",
+    "torch_plugins/seams",
+    "deepspeed_plugins/__init__.py",
+    "deepspeed_plugins/_autoload.py",
+    "deepspeed_plugins/seams",
 )
 """What ``import torch`` runs, besides the packages themselves."""
 
@@ -81,7 +85,7 @@ def test_imports_go_one_way():
 
 
 def test_what_import_torch_runs_is_standard_library():
-    ours = {"megatron_plugins", "torch_plugins"}
+    ours = {"megatron_plugins", "deepspeed_plugins", "torch_plugins"}
     wrong = []
     for path in python_files(*ours):
         name = path.relative_to(ROOT).as_posix()

@@ -29,13 +29,15 @@ def flag_table() -> str:
 def _rows(feature: type[Feature]) -> list[tuple[str, ...]]:
     paper = f"[{feature.title}](https://arxiv.org/abs/{feature.paper})"
     rows: list[tuple[str, ...]] = [
-        (f"`{feature.flag()}`", f"Turns {paper} on.", "off", f"`{feature.key()}`")
+        (f"`{feature.flag()}`", f"Turns {paper} on.", "off", feature.where())
     ]
     for field in dataclasses.fields(feature):
         flag = " ".join(filter(None, (feature.flag(field.name), field.metadata["metavar"])))
         what = field.metadata["help"].replace("|", "\\|")
-        key = f"{feature.key()}.{field.name}"
-        rows.append((f"`{flag}`", what, f"`{field.default}`", f"`{key}`"))
+        if choices := field.metadata["choices"]:
+            what += f" One of {', '.join(choices)}."
+        default = "" if field.default is None else f"`{field.default}`"
+        rows.append((f"`{flag}`", what, default, feature.where(field.name)))
     return rows
 
 

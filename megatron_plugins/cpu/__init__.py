@@ -65,7 +65,7 @@ def install(force: bool = False) -> None:
             f"CUDA_VISIBLE_DEVICES=, or say {VARIABLE}=force"
         )
     from megatron_plugins.cpu.table import MODULE_PATCHES, PIECES
-    from megatron_plugins.seams import watcher
+    from torch_plugins.seams import watcher
 
     # Upstream fuses with torch.compile, whose C++ compilation would cost more than it saves here.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

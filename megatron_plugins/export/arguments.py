@@ -115,7 +115,8 @@ def decoder_config(args: Namespace, vocab_size: int, dtype: str) -> PluginDecode
     try:
         heads = args.num_attention_heads
         fields: dict[str, Any] = _multipliers(args)
-        fields |= {key: feature.to_dict() for key, feature in features_of(args).items()}
+        features = features_of(args).items()
+        fields |= {key: feature.to_dict() for key, feature in features if feature.has_section}
         return PluginDecoderConfig(
             vocab_size=vocab_size,
             hidden_size=args.hidden_size,

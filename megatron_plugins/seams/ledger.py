@@ -1,32 +1,13 @@
 """Every upstream symbol the plugins touch: where it lives, since when, why, and when it can go.
 
-Data only, standard library only. ``patch.py`` installs the rows that have a handler; ``doctor``
-prints them all; ``tests/megatron/test_seams.py`` checks them against the installed Megatron.
+Data only, standard library only. ``torch_plugins.seams.patch`` installs the rows that have a
+handler; ``doctor`` prints them all; ``tests/megatron/test_seams.py`` checks them against the
+installed Megatron.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Symbol:
-    """One row. ``targets`` are ``module:attribute``: the places where the versions of the window
-    keep the symbol; one of them is enough."""
-
-    id: str
-    targets: tuple[str, ...]
-    feature: str
-    """Key of the feature that needs it; ``any``: all of them; ``export``: the exporter's check."""
-    why: str
-    remove_when: str
-    versions: str = "0.17-0.20"
-    handler: str | None = None
-    """``module:function`` of ours that wraps it, called as ``function(original, *args, **kwargs)``;
-    None: only called, read or subclassed."""
-    relies_on: tuple[str, ...] = ()
-    """Attributes of its instances or names in its body that we read or set."""
-
+from torch_plugins.seams.symbol import Symbol
 
 HOOKS: tuple[Symbol, ...] = (
     Symbol(

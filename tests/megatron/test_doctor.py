@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from megatron_plugins import doctor
-from megatron_plugins.seams import patch
-from megatron_plugins.seams.ledger import HOOKS, USED, Symbol
+from megatron_plugins.seams.ledger import HOOKS, USED
+from torch_plugins.seams import patch
+from torch_plugins.seams.symbol import Symbol
 
 
 def test_healthy(capsys):
@@ -46,7 +47,7 @@ def test_disabled(monkeypatch, capsys):
     try:
         assert doctor.main(["--json"]) == 0
     finally:
-        patch.arm()
+        patch.arm(HOOKS)
     report = json.loads(capsys.readouterr().out)
     assert report["activation"]["MEGATRON_PLUGINS_DISABLE"] == "1"
     assert {row["state"] for row in report["hooks"]} == {"found"}

@@ -37,7 +37,7 @@ def test_losses_are_bitwise_those_of_a_run_without_the_plugins(tmp_path):
         import runpy
         import sys
         from megatron_plugins import cpu
-        from megatron_plugins.seams import watcher
+        from torch_plugins.seams import watcher
 
         def adjust(arguments):
             def validate_args(args, *rest):

@@ -14,11 +14,13 @@ import pytest
 
 from megatron_plugins import doctor
 from megatron_plugins.features import adapter
-from megatron_plugins.seams import patch, versions, watcher
+from megatron_plugins.seams import requirements, versions
 from megatron_plugins.seams.ledger import HOOKS, USED
 from torch_plugins.config import FEATURES, ConfigError
+from torch_plugins.seams import patch, watcher
+from torch_plugins.seams.symbol import Symbol
 
-PACKAGE = Path(patch.__file__).parents[1]
+PACKAGE = Path(requirements.__file__).parents[1]
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def test_callback_runs_again_after_reload(upstream):
 
 def test_a_half_imported_module_is_an_error(upstream):
     (upstream / "defines.py").write_text(
-        "from megatron_plugins.seams import watcher\nwatcher.watch('upstream.defines', print)\n"
+        "from torch_plugins.seams import watcher\nwatcher.watch('upstream.defines', print)\n"
     )
     with pytest.raises(ImportError, match="half imported"):
         importlib.import_module("upstream.defines")
@@ -170,17 +172,15 @@ def test_a_hook_that_fails_to_load_is_told_and_blocks_its_feature(
     upstream, patches, monkeypatch, capsys
 ):
     monkeypatch.setattr(patch, "failed", {})
-    hook = patch.Symbol(
-        "flags", ("upstream.defines:answer",), "any", "why", "when", handler="no:no"
-    )
+    hook = Symbol("flags", ("upstream.defines:answer",), "any", "why", "when", handler="no:no")
     module = importlib.import_module("upstream.defines")
     original = module.answer
     patch._install(hook, "answer", module)
     assert module.answer is original
     assert "'flags' is off" in capsys.readouterr().err
-    monkeypatch.setattr(patch, "HOOKS", (hook,))
+    monkeypatch.setattr(requirements, "HOOKS", (hook,))
     with pytest.raises(ConfigError, match=r"--x needs upstream.defines:answer .*missing"):
-        patch.require("ladder_residual", "--x")
+        requirements.require("ladder_residual", "--x")
 
 
 @pytest.mark.parametrize("symbol", [*HOOKS, *USED], ids=lambda symbol: symbol.id)

@@ -155,12 +155,13 @@ class PluginDecoderConfig(PretrainedConfig):
 
     def _check_features(self, unknown: dict[str, Any]) -> None:
         """Reject a wrong or misspelt section, which transformers would keep in silence."""
-        keys = [feature.key() for feature in FEATURES]
+        sections = [feature for feature in FEATURES if feature.has_section]
+        keys = [feature.key() for feature in sections]
         for key in unknown:
             suggestion = did_you_mean(key, keys)
             if "did you mean" in suggestion:
                 raise ConfigError(f"unknown config field {key!r}{suggestion}")
-        for feature in FEATURES:
+        for feature in sections:
             section = getattr(self, feature.key())
             if section is not None and not isinstance(section, dict):
                 raise ConfigError(

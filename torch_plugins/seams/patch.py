@@ -1,20 +1,19 @@
-"""Install the ledger's hooks as their modules are imported, and take them out again."""
+"""Install a ledger's hooks as their modules are imported, and take them out again."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from megatron_plugins.seams import versions, watcher
-from megatron_plugins.seams.ledger import HOOKS, Symbol
-from torch_plugins.config import ConfigError
+from torch_plugins.seams import watcher
+from torch_plugins.seams.symbol import Symbol
 
-_PATCH = "__megatron_plugins_patch__"
+_PATCH = "__torch_plugins_patch__"
 
 
 @dataclass
@@ -63,9 +62,9 @@ def undo_all() -> None:
             setattr(patch.owner, patch.name, patch.original)
 
 
-def arm() -> None:
-    """Watch the modules of the ledger's hooks."""
-    for hook in HOOKS:
+def arm(hooks: Iterable[Symbol]) -> None:
+    """Watch the modules of a ledger's hooks."""
+    for hook in hooks:
         for target in hook.targets:
             module_name, _, attribute = target.partition(":")
             install = functools.partial(_install, hook, attribute)
@@ -87,28 +86,8 @@ def _install(hook: Symbol, attribute: str, module: ModuleType) -> None:
         wrap(owner, name, handler, hook.id)
     except Exception as error:
         failed[hook.id] = error
-        print(f"megatron_plugins: hook {hook.id!r} is off: {error!r}", file=sys.stderr)
-
-
-def require(key: str, flag: str) -> None:
-    """Raise unless this Megatron is supported and every hook feature ``key`` needs is in place.
-
-    Raises:
-        ConfigError: names the flag, the missing symbol and the version at hand.
-    """
-    version = versions.installed()
-    problem = versions.verdict(version)
-    if problem and version and version[:2] < versions.OLDEST:
-        raise ConfigError(f"{flag}: {problem}")
-    for symbol in HOOKS:
-        if symbol.feature in ("any", key) and state(symbol) == "missing":
-            cause = failed.get(symbol.id)
-            raise ConfigError(
-                f"{flag} needs {' or '.join(symbol.targets)} ({symbol.why}), known in "
-                f"{symbol.versions}: missing in megatron-core {versions.text(version)}"
-                + (f" ({cause!r})" if cause else "")
-                + "; run python -m megatron_plugins.doctor"
-            )
+        package = (hook.handler or "plugins").partition(".")[0]
+        print(f"{package}: hook {hook.id!r} is off: {error!r}", file=sys.stderr)
 
 
 def state(symbol: Symbol) -> str:

@@ -1,0 +1,1 @@
+"""How plugins get into an unmodified host. Standard library only."""
