@@ -37,6 +37,7 @@ STDLIB_ONLY = (
     "megatron_plugins/seams",
     "torch_plugins/__init__.py",
     "torch_plugins/config.py",
+    "torch_plugins/feature.py",
     "torch_plugins/seams",
     "deepspeed_plugins/__init__.py",
     "deepspeed_plugins/_autoload.py",

@@ -12,95 +12,17 @@ Hugging Face       ``config.ladder_residual = {"layers": SPEC}``
 A feature that an option of the host turns on, as ``--lr-decay-style power`` does, names it in
 ``switch``.
 
-Standard library only, and free of relative imports: an exported Hugging Face folder carries it.
+Standard library only: an exported Hugging Face folder carries it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .feature import ConfigError, Feature, did_you_mean, option
 
-class ConfigError(ValueError):
-    """A user's flag, JSON key or config field is wrong; the message names it and the remedy."""
-
-
-def option(
-    default: Any, help: str, metavar: str | None = None, choices: Sequence[str] | None = None
-) -> Any:
-    """A dataclass field that is also a command-line flag, with its help text."""
-    return field(default=default, metadata={"help": help, "metavar": metavar, "choices": choices})
-
-
-@dataclass(frozen=True)
-class Feature:
-    """Base of every feature's configuration."""
-
-    name: ClassVar[str]
-    """The enabling flag without its dashes; with underscores, the JSON key and HF config field."""
-    prefix: ClassVar[str]
-    """What the flags of the fields start with."""
-    title: ClassVar[str]
-    paper: ClassVar[str]
-    """arXiv id."""
-    switch: ClassVar[tuple[str, str] | None] = None
-    """Megatron's option and its value that turn the feature on, in place of a flag of ours."""
-    implied: ClassVar[bool] = False
-    """Whether any flag of a field turns the feature on, without the enabling flag."""
-    changes_model: ClassVar[bool] = True
-    """Whether the same weights compute another function without it: checkpoints are compared."""
-    has_section: ClassVar[bool] = True
-    """Whether the exported model's ``config.json`` has a section for it."""
-
-    @classmethod
-    def key(cls) -> str:
-        """JSON key, HF config field and argparse destination of the enabling flag."""
-        return cls.name.replace("-", "_")
-
-    @classmethod
-    def flag(cls, field_name: str | None = None) -> str:
-        """Flag of one field, or what turns the feature on."""
-        if field_name is None and cls.switch is not None:
-            return " ".join(cls.switch)
-        stem = cls.name if field_name is None else f"{cls.prefix}-{field_name}"
-        return "--" + stem.replace("_", "-")
-
-    @classmethod
-    def dest(cls, field_name: str) -> str:
-        """argparse destination of a field's flag."""
-        return cls.flag(field_name)[2:].replace("-", "_")
-
-    @classmethod
-    def from_dict(cls, section: dict[str, Any]) -> Any:
-        """Build from a JSON section; an unknown key is a :class:`ConfigError` with a suggestion."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in section:
-            if key not in known:
-                raise ConfigError(f"{cls.key()}: unknown key {key!r}{did_you_mean(key, known)}")
-        return cls(**section)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def function(self, num_layers: int) -> Any:
-        """What of it decides the function of a model's weights; equal for equal functions."""
-        return self
-
-    @classmethod
-    def where(cls, field_name: str | None = None) -> str:
-        """The place of a field outside Megatron, for the documentation."""
-        return f"`{cls.key()}`" if field_name is None else f"`{cls.key()}.{field_name}`"
-
-    def _require(self, field_name: str, holds: bool, remedy: str) -> None:
-        """Reject the value of a field, by its JSON key and its flag."""
-        if not holds:
-            value = getattr(self, field_name)
-            raise ConfigError(
-                f"{self.key()}.{field_name} ({self.flag(field_name)}) {value!r}: {remedy}"
-            )
+__all__ = ["FEATURES", "ConfigError", "Feature", "did_you_mean", "option", "parse_layers"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +52,122 @@ class LadderResidual(Feature):
 
     def function(self, num_layers: int) -> Any:
         return self.resolve(num_layers)
+
+
+CLA_PATTERNS = ("keep-ends", "dense-front", "dense-back")
+"""Named patterns of arXiv 2405.12981, figure 4."""
+
+KV_NORMS = ("shared", "separate")
+
+
+@dataclass(frozen=True)
+class CrossLayerAttention(Feature):
+    """Cross-Layer Attention: neighbouring layers attend to the keys and values of one of them.
+
+    A *producer* projects its own keys and values; the *consumers* behind it have only queries, and
+    read the producer's (arXiv 2405.12981, section 2).
+    """
+
+    name: ClassVar[str] = "cross-layer-attention"
+    prefix: ClassVar[str] = "cla"
+    title: ClassVar[str] = "Cross-Layer Attention"
+    paper: ClassVar[str] = "2405.12981"
+    implied: ClassVar[bool] = True
+
+    sharing_factor: int | None = option(
+        None,
+        "Layers that share one set of keys and values; where it does not divide the layers, the "
+        "first group is the short one. 2 without a pattern.",
+        metavar="N",
+    )
+    pattern: str | None = option(
+        None,
+        "In place of a sharing factor: the producer of every layer as a comma list (0,0,2,2,...), "
+        "or keep-ends, dense-front, dense-back.",
+        metavar="PATTERN",
+    )
+    kv_norm: str = option(
+        "shared",
+        "Whether a producer's keys and values read the norm of its queries, as in stock "
+        "checkpoints, or one of their own, as in the paper.",
+        metavar="KIND",
+        choices=KV_NORMS,
+    )
+
+    def __post_init__(self) -> None:
+        factor = self.sharing_factor
+        self._require(
+            "pattern",
+            self.pattern is None or factor is None,
+            f"give either a pattern or a sharing factor ({factor}), not both",
+        )
+        self._require("sharing_factor", factor is None or factor >= 1, "must be at least 1")
+        self._require(
+            "kv_norm",
+            self.kv_norm in KV_NORMS,
+            f"unknown{did_you_mean(str(self.kv_norm), list(KV_NORMS))}",
+        )
+
+    def resolve(self, num_layers: int) -> tuple[int, ...]:
+        """The producer of every layer, zero-based: a layer that names itself is a producer.
+
+        ``keep-ends``: all but the first and last layer in pairs. ``dense-front``: one group from
+        the middle to the last but one. ``dense-back``: one group from layer 1 to the middle.
+
+        Raises:
+            ConfigError: the pattern or factor does not fit the number of layers.
+        """
+        if self.pattern is None:
+            factor = self.sharing_factor or 2
+            self._require(
+                "sharing_factor", factor <= num_layers, f"the model has {num_layers} layers"
+            )
+            return _groups(0, num_layers, factor)
+        half, last = num_layers // 2, num_layers - 1
+        if self.pattern in CLA_PATTERNS:
+            self._require("pattern", num_layers >= 4, f"needs 4 layers, the model has {num_layers}")
+        if self.pattern == "keep-ends":
+            return (0, *_groups(1, last, 2), last)
+        if self.pattern == "dense-front":
+            return (*range(half), *[half - 1] * (last - half), last)
+        if self.pattern == "dense-back":
+            return (0, *[1] * half, *range(half + 1, num_layers))
+        return self._listed(num_layers)
+
+    def _listed(self, num_layers: int) -> tuple[int, ...]:
+        """An explicit pattern, checked."""
+        try:
+            producers = tuple(int(part) for part in str(self.pattern).split(","))
+        except ValueError:
+            names = ", ".join(CLA_PATTERNS)
+            self._require("pattern", False, f"use a comma list of producers, or {names}")
+            raise
+        self._require(
+            "pattern",
+            len(producers) == num_layers,
+            f"names {len(producers)} producers for {num_layers} layers",
+        )
+        for layer, producer in enumerate(producers):
+            before = producers[layer - 1] if layer else 0
+            self._require(
+                "pattern",
+                producer in (layer, before),
+                f"layer {layer} must be its own producer, {layer}, or share that of the layer "
+                f"before it, {before}",
+            )
+        return producers
+
+    def function(self, num_layers: int) -> Any:
+        return self.resolve(num_layers), self.kv_norm
+
+
+def _groups(first: int, end: int, size: int) -> tuple[int, ...]:
+    """Producers of the layers ``first`` to ``end - 1`` in groups of ``size``, a short one first."""
+    short = (end - first) % size
+    return tuple(
+        first if layer < first + short else layer - (layer - first - short) % size
+        for layer in range(first, end)
+    )
 
 
 DECAY_STYLES = ("exponential", "megatron-exponential", "linear", "cosine")
@@ -258,13 +296,7 @@ class PowerMup(Feature):
         return "the multipliers of a granite configuration"
 
 
-FEATURES: tuple[type[Feature], ...] = (LadderResidual, PowerLR, PowerMup)
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    """``"; did you mean 'layers'?"``, or the list of what is known when nothing is close."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+FEATURES: tuple[type[Feature], ...] = (LadderResidual, CrossLayerAttention, PowerLR, PowerMup)
 
 
 def parse_layers(spec: str, num_layers: int, source: str = "layers") -> tuple[int, ...]:

@@ -162,7 +162,7 @@ class PluginDecoderConfig(PretrainedConfig):
             if "did you mean" in suggestion:
                 raise ConfigError(f"unknown config field {key!r}{suggestion}")
         for feature in sections:
-            section = getattr(self, feature.key())
+            section = getattr(self, feature.key(), None)
             if section is not None and not isinstance(section, dict):
                 raise ConfigError(
                     f"{feature.key()} {section!r}: use a dict of its options, or null"

@@ -19,6 +19,7 @@ AUTO_MAP = {
 
 SOURCES = (
     "../config.py",
+    "../feature.py",
     "../ladder_residual.py",
     "attention.py",
     "configuration_plugin_decoder.py",
