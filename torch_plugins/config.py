@@ -203,6 +203,9 @@ class PowerLR(Feature):
     )
 
     def __post_init__(self) -> None:
+        for name in ("a", "b", "decay_tokens"):
+            number = isinstance(getattr(self, name), (int, float))
+            self._require(name, number, "must be a number")
         self._require("a", self.a > 0, "must be positive; the paper uses 4")
         self._require("b", self.b <= 0, "must not be positive; the paper uses -0.51")
         self._require("decay_tokens", self.decay_tokens >= 0, "must not be negative")

@@ -26,6 +26,9 @@ cosine                   ``(1 + cos(pi * r)) / 2``
 
 The paper decays "exponentially to 0" and prints no formula. A minimum rate takes the place of 0 at
 the end of the last phase, and bounds eta_power from below.
+
+``python -m torch_plugins.power_lr table`` prints rates, ``... plot`` draws the schedule beside
+cosine and WSD.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -77,24 +81,34 @@ class Schedule:
     """Rate at the first token of the warm-up."""
 
     def __post_init__(self) -> None:
-        decay, total, warmup = self.power.decay_tokens, self.total_tokens, self.warmup_tokens
-        if not 0 <= self.min_lr <= self.max_lr:
-            raise ConfigError(f"min_lr {self.min_lr}: must lie between 0 and max_lr {self.max_lr}")
-        if not 0 <= self.init_lr <= self.max_lr:
+        for item in fields(self)[1:]:
+            value = getattr(self, item.name)
+            if value is not None or item.name != "total_tokens":
+                number = isinstance(value, Real) and math.isfinite(value)
+                _require(item.name, value, number, "must be a finite number")
+        _require("max_lr", self.max_lr, self.max_lr > 0, "must be positive; the paper uses 0.02")
+        for name in ("min_lr", "init_lr"):
+            value = getattr(self, name)
+            within = f"must lie between 0 and max_lr {self.max_lr}"
+            _require(name, value, 0 <= value <= self.max_lr, within)
+        warmup, decay, total = self.warmup_tokens, self.power.decay_tokens, self.total_tokens
+        _require("warmup_tokens", warmup, warmup >= 0, "must not be negative; 0 for no warm-up")
+        if decay:
+            ends = "the last phase ends with the run: give total_tokens, or 0 for no last phase"
+            _require("decay_tokens", decay, total is not None, ends)
+        if decay and total is not None and warmup + decay > total:
             raise ConfigError(
-                f"initial rate {self.init_lr}: must lie between 0 and max_lr {self.max_lr}"
+                f"warmup_tokens {warmup:g} and decay_tokens {decay:g} do not fit into total_tokens "
+                f"{total:g}: shorten one, or train longer"
             )
-        if warmup < 0:
-            raise ConfigError(f"warm-up of {warmup} tokens: must not be negative")
-        if decay and total is None:
-            raise ConfigError(
-                f"decay_tokens {decay}: the last phase ends with the run; give total_tokens"
-            )
-        if decay and total is not None and decay + warmup > total:
-            raise ConfigError(
-                f"warm-up of {warmup:g} and last phase of {decay:g} tokens do not fit into a run "
-                f"of {total:g}: shorten one, or train longer"
-            )
+
+    def crossover(self, batch_tokens: float) -> float:
+        """Tokens n up to which ``beta * a * n ** b`` exceeds ``max_lr``; infinite when it ever does
+        and b is 0."""
+        a, b = batch_tokens / BASE_SEQUENCE_LENGTH * self.power.a, self.power.b
+        if not b:
+            return math.inf if a > self.max_lr else 0.0
+        return float(torch.tensor(self.max_lr / a, dtype=torch.float64) ** (1 / b))
 
     def rate(
         self,
@@ -113,12 +127,18 @@ class Schedule:
             min_lr: the group's minimum; default: the schedule's, times ``ratio``.
 
         Returns:
-            Tensor of the broadcast shape; 0-dimensional for two numbers.
+            Tensor of the broadcast shape on the CPU; 0-dimensional for two numbers.
+
+        Raises:
+            ConfigError: negative tokens, or a batch that is not positive.
         """
-        n = torch.as_tensor(tokens, dtype=torch.float64)
-        beta = torch.as_tensor(batch_tokens, dtype=torch.float64) / BASE_SEQUENCE_LENGTH
-        decay, total, floor = self.power.decay_tokens, self.total_tokens, min_lr
-        floor = self.min_lr * ratio if floor is None else floor
+        n = torch.as_tensor(tokens, dtype=torch.float64, device="cpu")
+        batch = torch.as_tensor(batch_tokens, dtype=torch.float64, device="cpu")
+        _require("tokens", tokens, bool((n >= 0).all()), "must not be negative")
+        _require("batch_tokens", batch_tokens, bool((batch > 0).all()), "must be positive")
+        beta = batch / BASE_SEQUENCE_LENGTH
+        decay, total = self.power.decay_tokens, self.total_tokens
+        floor = self.min_lr * ratio if min_lr is None else min_lr
         start = math.inf if not decay or total is None else total - decay
         # Every phase scales eta_power at its anchor: end of the warm-up, n, or start of the decay.
         anchor = n.clamp(min=float(self.warmup_tokens), max=start)
@@ -126,29 +146,40 @@ class Schedule:
         eta = eta.clamp(min=floor)
         if decay:
             shape = SHAPES[self.power.decay_style](((n - start) / decay).clamp(0, 1))
-            eta = floor + (eta - floor) * shape
+            eta = torch.where(n > start, floor + (eta - floor) * shape, eta)
         if self.warmup_tokens:
-            rising = self.init_lr + (eta - self.init_lr) * n / self.warmup_tokens
-            eta = torch.where(n <= self.warmup_tokens, rising, eta)
+            first = self.init_lr * ratio
+            rising = first + (eta - first) * n / self.warmup_tokens
+            eta = torch.where(n < self.warmup_tokens, rising, eta)
         return eta
 
 
 class PowerLR(LRScheduler):
-    """The Power schedule as a torch scheduler: call :meth:`step` after every optimizer step.
+    """The Power schedule as a torch scheduler: :meth:`step` after every optimizer step::
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        scheduler = PowerLR(optimizer, batch_size=1024, warmup_tokens=10**9)
+
+    It sets rates in closed form, as ``LambdaLR`` does, and so does not chain with schedulers that
+    multiply the current rate; warm-up and last phase are its own. A step whose optimizer step was
+    skipped, as ``GradScaler`` skips some, trained nothing: do not call :meth:`step` for it.
 
     Args:
-        optimizer: each group's ``lr`` is its own eta_max; groups keep their proportions.
+        optimizer: each group's ``lr`` is its own eta_max; groups keep their proportions. One that
+            is added later follows from the next :meth:`step` on.
         batch_size: sequences of the global batch, over all processes and accumulation steps; see
             :meth:`set_batch_size`.
         sequence_length: tokens of a sequence.
-        max_lr: the eta_max at which the schedule is clipped; default: the largest ``lr`` of a
-            group. A group with lr ``x`` gets ``x / max_lr`` of the schedule.
+        max_lr: the eta_max at which the schedule is clipped, where no group trains at it; a group
+            with lr ``x`` gets ``x / max_lr`` of the schedule. Default: the largest ``lr``.
         warmup_tokens, total_tokens, min_lr, init_lr: see :class:`Schedule`.
         a, b, decay_tokens, decay_style: see :class:`torch_plugins.config.PowerLR`.
-        last_epoch: steps done before; they count with the batch size given here. ``-1`` for none.
+        last_epoch: index of the last step done, from 0, to go on without a saved state; all steps
+            until then count with the batch size given here. ``-1`` for a new run.
 
     Raises:
-        ConfigError: as :class:`Schedule`; a batch size or sequence length below 1.
+        ConfigError: as :class:`Schedule`; a batch size or sequence length that is no positive
+            integer; an optimizer that has no rates to go on from.
     """
 
     def __init__(
@@ -168,43 +199,57 @@ class PowerLR(LRScheduler):
         decay_style: str = "exponential",
         last_epoch: int = -1,
     ) -> None:
-        if sequence_length < 1:
-            raise ConfigError(f"sequence_length {sequence_length}: must be at least 1")
-        key = "lr" if last_epoch == -1 else "initial_lr"
-        groups = [float(group[key]) for group in optimizer.param_groups]
+        self.batch_size = self.initial_batch_size = _positive("batch_size", batch_size)
+        self.sequence_length = _positive("sequence_length", sequence_length)
+        # A scheduler before this one, or a loaded state, may have moved "lr" already.
+        peaks = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         self.schedule = Schedule(
             PowerLRConfig(a=a, b=b, decay_tokens=decay_tokens, decay_style=decay_style),
-            max_lr=max(groups) if max_lr is None else max_lr,
+            max_lr=max(peaks) if max_lr is None else max_lr,
             warmup_tokens=warmup_tokens,
             total_tokens=total_tokens,
             min_lr=min_lr,
             init_lr=init_lr,
         )
-        self.sequence_length = sequence_length
-        self.batch_size = _checked(batch_size)
-        self.tokens = max(last_epoch, 0) * batch_size * sequence_length
+        self.tokens = max(last_epoch, 0) * self.batch_tokens
         """n: tokens trained so far."""
         super().__init__(optimizer, last_epoch)
 
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of the global batch."""
+        return self.batch_size * self.sequence_length
+
     def step(self, epoch: int | None = None) -> None:
-        """Count the global batch that was just trained, and set the rates of the next step."""
+        """Count the global batch that was just trained, and set the rates of the next step.
+
+        Args:
+            epoch: torch's deprecated argument: so many steps were done, all with the batch size of
+                now.
+        """
         if epoch is not None:
-            self.tokens = epoch * self.batch_size * self.sequence_length
+            self.tokens = epoch * self.batch_tokens
         elif self.last_epoch >= 0:  # else torch's own first call, before any training
-            self.tokens += self.batch_size * self.sequence_length
+            self.tokens += self.batch_tokens
         super().step(epoch)
 
     def get_lr(self) -> list[float | Tensor]:
         """Rates of all groups at the current token count."""
-        peak = self.schedule.max_lr
-        ratios = [float(base) / peak if peak else 1.0 for base in self.base_lrs]
-        batch_tokens = self.batch_size * self.sequence_length
-        rates = {ratio: self.schedule.rate(self.tokens, batch_tokens, ratio) for ratio in ratios}
-        return [float(rates[ratio]) for ratio in ratios]
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            self.base_lrs.append(group.setdefault("initial_lr", group["lr"]))
+        # Numbers once and for all: reading a tensor on a device waits for it.
+        peaks = [float(lr) for lr in self.base_lrs]
+        self.base_lrs = list(peaks)
+        ratios = [peak / self.schedule.max_lr for peak in peaks]
+        rates = {r: float(self.schedule.rate(self.tokens, self.batch_tokens, r)) for r in ratios}
+        return [rates[ratio] for ratio in ratios]
 
     def set_batch_size(self, batch_size: int) -> None:
-        """The next step trains ``batch_size`` sequences: its rates follow at once."""
-        self.batch_size = _checked(batch_size)
+        """The next step trains ``batch_size`` sequences: its rates follow at once.
+
+        Call it between :meth:`step`, which counts the batch before, and the next optimizer step.
+        """
+        self.batch_size = _positive("batch_size", batch_size)
         self._apply()
 
     def _apply(self) -> None:
@@ -213,21 +258,34 @@ class PowerLR(LRScheduler):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self._last_lr = [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the run, and the settings for comparison."""
+        """The position in the run, and the settings for comparison; numbers and strings only."""
         return {
             "tokens": self.tokens,
             "last_epoch": self.last_epoch,
+            "batch_size": self.batch_size,
             "settings": self._settings(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved position, with the settings and batch size of *this* scheduler.
+        """Go on from a saved position, with the settings of *this* scheduler, and set the rates.
 
         So a run can be extended: settings that differ from the saved ones are named in a warning.
+        The batch size that :meth:`set_batch_size` had reached is restored, unless this scheduler
+        was built with another batch size than the saved one.
+
+        Raises:
+            ConfigError: the state of another kind of scheduler.
         """
+        missing = [key for key in self.state_dict() if key not in state_dict]
+        if missing:
+            raise ConfigError(
+                f"state of a scheduler without {', '.join(missing)}: not one of PowerLR; to go on "
+                "from another schedule, build PowerLR with last_epoch"
+            )
         mine, theirs = self._settings(), state_dict["settings"]
         changed = [
             f"{name}: saved {theirs.get(name)}, now {value}"
@@ -238,6 +296,8 @@ class PowerLR(LRScheduler):
             warnings.warn(
                 f"PowerLR resumed with other settings: {'; '.join(changed)}", stacklevel=2
             )
+        if theirs.get("batch_size") == self.initial_batch_size:
+            self.batch_size = state_dict["batch_size"]
         self.tokens = state_dict["tokens"]
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = self.last_epoch + 1
@@ -245,10 +305,16 @@ class PowerLR(LRScheduler):
 
     def _settings(self) -> dict[str, Any]:
         settings = asdict(self.schedule)
-        return settings.pop("power") | settings | {"batch_size": self.batch_size}
+        lengths = {"batch_size": self.initial_batch_size, "sequence_length": self.sequence_length}
+        return settings.pop("power") | settings | lengths
 
 
-def _checked(batch_size: int) -> int:
-    if batch_size < 1:
-        raise ConfigError(f"batch_size {batch_size}: must be at least 1 sequence")
-    return batch_size
+def _require(name: str, value: Any, holds: bool, remedy: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} {value!r}: {remedy}")
+
+
+def _positive(name: str, value: int) -> int:
+    good = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    _require(name, value, good, "must be an integer of at least 1")
+    return int(value)
