@@ -16,6 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_plugin_decoder import PluginDecoderConfig
+from .norm import build_norm
 
 
 class PluginDecoderRotaryEmbedding(nn.Module):
@@ -91,7 +92,11 @@ def eager_attention(
 
 
 class PluginDecoderAttention(nn.Module):
-    """Causal grouped-query attention through transformers' attention interface."""
+    """Causal grouped-query attention through transformers' attention interface.
+
+    A consumer of Cross-Layer Attention has queries only and attends to the keys and values of its
+    producer, which are rotated and cached there, once (arXiv 2405.12981, section 2.2).
+    """
 
     def __init__(self, config: PluginDecoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -102,33 +107,64 @@ class PluginDecoderAttention(nn.Module):
         self.scaling = config.attention_multiplier
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        self.is_producer = config.kv_producers[layer_idx] == layer_idx
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        if self.is_producer:
+            self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+            self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_output_bias)
+        self.kv_norm = None
+        if self.is_producer and config.separate_kv_norm:
+            self.kv_norm = build_norm(config)
+        self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = None
+        if self.is_producer and config.qk_norm:
+            self.k_norm = build_norm(config, config.head_dim)
+
+    def _heads(
+        self, x: Tensor, norm: nn.Module | None, rotary: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """``[B, S, H * P]`` to ``[B, H, S, P]``, normalized and rotated."""
+        x = x.view(*x.shape[:-1], -1, self.head_dim)
+        if norm is not None:
+            x = norm(x)
+        x = x.transpose(1, 2)
+        return x if rotary is None else apply_rotary(x, *rotary)
+
+    def _key_value(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of a producer ``[B, K, T, P]``, with those that the cache holds."""
+        key = self._heads(self.k_proj(x), self.k_norm, rotary)
+        value = self._heads(self.v_proj(x), None, None)
+        return (key, value) if cache is None else cache.update(key, value, self.layer_idx)
 
     def forward(
         self,
         hidden_states: Tensor,
+        stream: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        shape = hidden_states.shape[:-1]
-        query, key, value = (
-            proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if position_embeddings is not None:
-            query = apply_rotary(query, *position_embeddings)
-            key = apply_rotary(key, *position_embeddings)
-        cache = past_key_values if cache is None else cache
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Output, weights if the implementation has them, keys and values attended to.
+
+        Args:
+            hidden_states: the normed residual stream.
+            stream: the residual stream itself, for a separate norm of keys and values.
+            key, value: of the producer, for a consumer; a producer ignores them.
+        """
+        query = self._heads(self.q_proj(hidden_states), self.q_norm, position_embeddings)
+        if self.is_producer:
+            kv_input = hidden_states if self.kv_norm is None else self.kv_norm(stream)
+            cache = past_key_values if cache is None else cache
+            key, value = self._key_value(kv_input, position_embeddings, cache)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
@@ -142,4 +178,5 @@ class PluginDecoderAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(out.reshape(*shape, -1).contiguous()), weights
+        out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        return self.o_proj(out), weights, key, value

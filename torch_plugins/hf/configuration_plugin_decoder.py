@@ -8,7 +8,7 @@ from typing import Any
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 
-from ..config import FEATURES, ConfigError, LadderResidual, did_you_mean
+from ..config import FEATURES, ConfigError, CrossLayerAttention, LadderResidual, did_you_mean
 from .remote_code import AUTO_MAP, write_remote_code
 
 NORMALIZATIONS = ("rmsnorm", "layernorm")
@@ -32,6 +32,7 @@ class PluginDecoderConfig(PretrainedConfig):
         norm_bias: bias of LayerNorm; RMSNorm has none.
         attention_bias: bias of the q, k and v projections.
         attention_output_bias: bias of the output projection; default: ``attention_bias``.
+        qk_norm: normalize each query and key head before RoPE, with weights of ``head_dim``.
         mlp_bias: bias of every MLP projection.
         position_embedding_type: ``rope``, ``learned_absolute`` (a table of
             ``max_position_embeddings`` rows added to the token embedding) or ``none``.
@@ -42,6 +43,10 @@ class PluginDecoderConfig(PretrainedConfig):
         residual_multiplier: scales every module before it is added to the stream.
         logits_scaling: divides the logits.
         ladder_residual: ``{"layers": SPEC}`` or None; see ``torch_plugins.config.LadderResidual``.
+        cross_layer_attention: ``{"sharing_factor": N}`` or ``{"pattern": "0,0,2,2"}``, with
+            ``"kv_norm"``, or None; see ``torch_plugins.config.CrossLayerAttention``. Gemma 3n's
+            ``num_kv_shared_layers`` is the nearest standing field, but its sharing layers are the
+            last ones, all behind one producer.
 
     Raises:
         ConfigError: a value or key is not one of those above.
@@ -66,6 +71,7 @@ class PluginDecoderConfig(PretrainedConfig):
         norm_bias: bool = True,
         attention_bias: bool = False,
         attention_output_bias: bool | None = None,
+        qk_norm: bool = False,
         mlp_bias: bool = False,
         attention_dropout: float = 0.0,
         position_embedding_type: str = "rope",
@@ -82,6 +88,7 @@ class PluginDecoderConfig(PretrainedConfig):
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
         ladder_residual: dict[str, Any] | None = None,
+        cross_layer_attention: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -100,6 +107,7 @@ class PluginDecoderConfig(PretrainedConfig):
         self.attention_output_bias = (
             attention_bias if attention_output_bias is None else attention_output_bias
         )
+        self.qk_norm = qk_norm
         self.mlp_bias = mlp_bias
         self.attention_dropout = attention_dropout
         self.position_embedding_type = position_embedding_type
@@ -115,6 +123,7 @@ class PluginDecoderConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         self.ladder_residual = ladder_residual
+        self.cross_layer_attention = cross_layer_attention
         if head_dim is None and hidden_size % num_attention_heads:
             raise ConfigError(
                 f"hidden_size {hidden_size} is not a multiple of num_attention_heads "
@@ -167,7 +176,7 @@ class PluginDecoderConfig(PretrainedConfig):
                 raise ConfigError(
                     f"{feature.key()} {section!r}: use a dict of its options, or null"
                 )
-        _ = self.ladder_layers
+        _ = self.ladder_layers, self.kv_producers
 
     @property
     def ladder_layers(self) -> tuple[int, ...]:
@@ -177,11 +186,39 @@ class PluginDecoderConfig(PretrainedConfig):
         return LadderResidual.from_dict(self.ladder_residual).resolve(self.num_hidden_layers)
 
     @property
+    def kv_producers(self) -> tuple[int, ...]:
+        """For every layer, the layer whose keys and values it attends to; itself if a producer.
+
+        A consumer has no ``k_proj`` and ``v_proj`` (nor ``k_norm``), only ``q_proj`` and
+        ``o_proj``.
+        """
+        if self.cross_layer_attention is None:
+            return tuple(range(self.num_hidden_layers))
+        feature = CrossLayerAttention.from_dict(self.cross_layer_attention)
+        return feature.resolve(self.num_hidden_layers)
+
+    @property
+    def separate_kv_norm(self) -> bool:
+        """Whether a producer's keys and values read ``self_attn.kv_norm(x)``, x the stream that
+        ``input_layernorm`` reads."""
+        section = self.cross_layer_attention
+        return section is not None and CrossLayerAttention.from_dict(section).kv_norm == "separate"
+
+    @property
+    def kv_sharing_modes(self) -> list[str | None]:
+        """What transformers' caches ask of a configuration: ``reuse`` layers store nothing."""
+        producers = self.kv_producers
+        return [None if layer == producer else "reuse" for layer, producer in enumerate(producers)]
+
+    @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """Tensor parallelism: column-parallel into each module, row-parallel out of it."""
         columns = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"]
         columns += ["mlp.gate_proj"] if self.mlp_gated else []
         plan = {f"layers.*.{name}": "colwise" for name in columns}
+        if self.qk_norm:  # on local heads, with one weight for all heads
+            norms = {f"layers.*.self_attn.{n}_norm": "replicated_with_grad_allreduce" for n in "qk"}
+            plan |= norms
         return plan | {f"layers.*.{n}": "rowwise" for n in ("self_attn.o_proj", "mlp.down_proj")}
 
     @property
@@ -189,10 +226,12 @@ class PluginDecoderConfig(PretrainedConfig):
         """Pipeline parallelism, or None where it would be wrong.
 
         A stage hands the next one a single tensor, as if it were an embedding: the two streams of
-        ladder layers do not fit, and an embedding multiplier or position table would act twice.
+        ladder layers and shared keys and values do not fit, and an embedding multiplier or position
+        table would act twice.
         """
         if (
             self.ladder_layers
+            or "reuse" in self.kv_sharing_modes
             or self.embedding_multiplier != 1
             or self.position_embedding_type == "learned_absolute"
         ):

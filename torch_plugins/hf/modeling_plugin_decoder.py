@@ -30,9 +30,12 @@ from .norm import build_norm
 CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
 """What the running transformers calls the key-value cache: 5.24 renamed it. Both are accepted."""
 
+State = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""Between layers: hidden states, attention states of a ladder, keys and values of a group."""
+
 
 class PluginDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP around the residual stream, standard or ladder."""
+    """Attention and MLP around the residual stream, standard or ladder, producer or consumer."""
 
     def __init__(self, config: PluginDecoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -42,27 +45,51 @@ class PluginDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = build_norm(config)
         self.residual_multiplier = config.residual_multiplier
         self.ladder = layer_idx in config.ladder_layers
+        producers = config.kv_producers
+        self.shares_kv = producers.count(producers[layer_idx]) > 1
 
     def forward(
-        self, hidden_states: Tensor, attention_states: Tensor | None = None, **kwargs: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self,
+        hidden_states: Tensor,
+        attention_states: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | State:
         """One layer.
 
-        A model with ladder layers passes both streams and gets both back; one without passes and
-        gets the hidden states only. Streams are positional: reentrant checkpointing asks for it.
+        Args:
+            hidden_states, attention_states: the streams; the second only in a model with ladder
+                layers.
+            key, value: of the sharing group, passed on by every layer in it.
+
+        Tensors with a gradient are positional, and outputs where later layers read them: reentrant
+        checkpointing asks for it. Returns the hidden states alone where there is nothing else.
         """
 
         def attention(x: Tensor) -> Tensor:
-            return self.self_attn(self.input_layernorm(x), **kwargs)[0] * self.residual_multiplier
+            nonlocal key, value
+            out, _, key, value = self.self_attn(self.input_layernorm(x), x, key, value, **kwargs)
+            return out * self.residual_multiplier
 
         def mlp(x: Tensor) -> Tensor:
             return self.mlp(self.post_attention_layernorm(x)) * self.residual_multiplier
 
-        if attention_states is None:
-            return apply_layer(
-                initial_streams(hidden_states), attention, mlp, ladder=False
-            ).hidden_states
-        return apply_layer(Streams(hidden_states, attention_states), attention, mlp, self.ladder)
+        has_ladder = attention_states is not None
+        streams = (
+            Streams(hidden_states, attention_states)
+            if attention_states is not None
+            else initial_streams(hidden_states)
+        )
+        streams = apply_layer(streams, attention, mlp, self.ladder)
+        if not has_ladder and not self.shares_kv:
+            return streams.hidden_states
+        return (
+            streams.hidden_states,
+            streams.attention_states if has_ladder else None,
+            key if self.shares_kv else None,
+            value if self.shares_kv else None,
+        )
 
 
 class PluginDecoderPreTrainedModel(PreTrainedModel):
@@ -111,8 +138,9 @@ class PluginDecoderModel(PluginDecoderPreTrainedModel):
         staged = any(isinstance(layer, nn.Identity) for layer in self.layers)
         if staged and self.config.base_model_pp_plan is None:
             raise ConfigError(
-                "pipeline parallelism cannot run this model (ladder_residual, embedding_multiplier "
-                "or learned_absolute positions); use tensor parallelism, or device_map"
+                "pipeline parallelism cannot run this model (ladder_residual, "
+                "cross_layer_attention, embedding_multiplier or learned_absolute positions); "
+                "use tensor parallelism, or device_map"
             )
 
     @merge_with_config_defaults
@@ -156,13 +184,11 @@ class PluginDecoderModel(PluginDecoderPreTrainedModel):
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids) if rope else None,
         }
         embedding = self._embed(inputs_embeds, position_ids)
-        streams: tuple[Tensor, ...] = (embedding,)
-        if self.has_ladder:
-            streams = initial_streams(embedding)
+        state: State = (embedding, embedding if self.has_ladder else None, None, None)
         for layer in self.layers:
-            out = layer(*streams, **kwargs)
-            streams = out if isinstance(out, tuple) else (out,)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(streams[0]), **{CACHE: cache})
+            out = layer(*state, **kwargs)
+            state = out if isinstance(out, tuple) else (out, None, None, None)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(state[0]), **{CACHE: cache})
 
 
 class PluginDecoderForCausalLM(PluginDecoderPreTrainedModel, GenerationMixin):

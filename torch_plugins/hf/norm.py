@@ -22,7 +22,9 @@ class PluginDecoderRMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-def build_norm(config: PluginDecoderConfig) -> nn.Module:
+def build_norm(config: PluginDecoderConfig, size: int | None = None) -> nn.Module:
+    """The configured norm over ``size`` features, by default the hidden size."""
+    size = size or config.hidden_size
     if config.normalization == "rmsnorm":
-        return PluginDecoderRMSNorm(config.hidden_size, config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+        return PluginDecoderRMSNorm(size, config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias)

@@ -38,8 +38,8 @@ def stock_config(config: PluginDecoderConfig) -> LlamaConfig | GraniteConfig | N
     Returns:
         Llama where all multipliers are neutral, Granite where they are not, None where a plugin
         feature is active or neither can express the shape: LayerNorm, an ungated MLP, positions
-        other than full RoPE, a bias on only some of q, k, v and o, or heads that do not divide the
-        width.
+        other than full RoPE, a norm of queries and keys, a bias on only some of q, k, v and o, or
+        heads that do not divide the width.
     """
     if not _expressible(config):
         return None
@@ -60,6 +60,9 @@ def stock_config(config: PluginDecoderConfig) -> LlamaConfig | GraniteConfig | N
 def _expressible(config: PluginDecoderConfig) -> bool:
     return (
         not config.ladder_layers
+        and "reuse" not in config.kv_sharing_modes
+        and not config.separate_kv_norm
+        and not config.qk_norm
         and config.normalization == "rmsnorm"
         and config.mlp_gated
         and config.position_embedding_type == "rope"
