@@ -85,9 +85,32 @@ def _install(hook: Symbol, attribute: str, module: ModuleType) -> None:
         handler = getattr(importlib.import_module(handler_module), function)
         wrap(owner, name, handler, hook.id)
     except Exception as error:
-        failed[hook.id] = error
-        package = (hook.handler or "plugins").partition(".")[0]
-        print(f"{package}: hook {hook.id!r} is off: {error!r}", file=sys.stderr)
+        _fail(hook.id, hook.handler or "plugins", error)
+
+
+def when_imported(module_name: str, mark: str, function: str) -> None:
+    """Call ``function`` (``module:function`` of ours) with the module, once it is imported.
+
+    For registries, where nothing is to be wrapped. A failure waits in :data:`failed` as above.
+    """
+    try:
+        watcher.watch(module_name, functools.partial(_call, mark, function))
+    except ImportError as error:
+        failed[mark] = error
+
+
+def _call(mark: str, function: str, module: ModuleType) -> None:
+    try:
+        handler_module, _, name = function.partition(":")
+        getattr(importlib.import_module(handler_module), name)(module)
+    except Exception as error:
+        _fail(mark, function, error)
+
+
+def _fail(mark: str, handler: str, error: Exception) -> None:
+    failed[mark] = error
+    package = handler.partition(".")[0]
+    print(f"{package}: hook {mark!r} is off: {error!r}", file=sys.stderr)
 
 
 def state(symbol: Symbol) -> str:
