@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -63,13 +63,25 @@ def summary(
         if describe is not None:
             lines.append(f"{feature.name}: {describe(feature, run, built)}")
             continue
-        wanted = set(feature.resolve(num_layers))
-        missing = sorted(wanted - active.get(key, set()))
-        if missing:
-            raise ConfigError(
-                f"{feature.flag()} is on, but layers {missing} of this model do not use it: only "
-                "GPTModel with a TransformerBlock does. Drop the flag, or run "
-                "python -m megatron_plugins.doctor"
-            )
-        lines.append(f"{feature.name}: {len(wanted)} of {num_layers} layers")
+        counted = count(feature, feature.resolve(num_layers), num_layers, active)
+        lines.append(f"{feature.name}: {counted}")
     return lines
+
+
+def count(
+    feature: Any, wanted: Iterable[int], num_layers: int, active: Mapping[str, set[int]]
+) -> str:
+    """``"4 of 4 layers"``, once every wanted layer is found active.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    wanted = set(wanted)
+    missing = sorted(wanted - active.get(feature.key(), set()))
+    if missing:
+        raise ConfigError(
+            f"{feature.flag()} is on, but layers {missing} of this model do not use it: only "
+            "GPTModel with a TransformerBlock does. Drop the flag, or run "
+            "python -m megatron_plugins.doctor"
+        )
+    return f"{len(wanted)} of {num_layers} layers"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -81,10 +82,14 @@ def _on_parser(parser: Any) -> ArgumentParser:
     """
     parse_known_args, format_help = parser.parse_known_args, parser.format_help
 
-    def checked(*args: Any, **kwargs: Any) -> tuple[Namespace, list[str]]:
-        namespace, unknown = parse_known_args(*args, **kwargs)
+    def checked(
+        words: Sequence[str] | None = None, namespace: Namespace | None = None, **kwargs: Any
+    ) -> tuple[Namespace, list[str]]:
+        words = sys.argv[1:] if words is None else words
+        namespace, unknown = parse_known_args(words, namespace, **kwargs)
         check_unknown(unknown)
         check_typed(namespace)
+        adjust(namespace, typed_names(parser, words))
         return namespace, unknown
 
     def repaired() -> str:
@@ -97,6 +102,21 @@ def _on_parser(parser: Any) -> ArgumentParser:
 
     parser.parse_known_args, parser.format_help = checked, repaired
     return parser
+
+
+def typed_names(parser: Any, words: Sequence[str]) -> set[str]:
+    """Names of the arguments that a command line gives, whatever their values."""
+    actions = parser._option_string_actions
+    flags = (word.partition("=")[0] for word in words)
+    return {actions[flag].dest for flag in flags if flag in actions}
+
+
+def adjust(args: Namespace, typed: set[str]) -> None:
+    """Let active features set Megatron's own arguments, those apart that were ``typed``."""
+    for key, feature in features_of(args).items():
+        adjust_args = getattr(adapter(key), "adjust_args", None)
+        if adjust_args is not None:
+            adjust_args(args, feature, typed)
 
 
 def own_flags() -> list[str]:

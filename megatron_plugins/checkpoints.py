@@ -10,19 +10,22 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_plugins.arguments import features_of, set_features
+from megatron_plugins.features import adapter
 from torch_plugins.config import ConfigError
 
 
 def restore(original: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
     """Wrap of ``load_args_from_checkpoint`` (``--use-checkpoint-args``): features that the
-    checkpoint has and the command line does not name are turned on."""
+    checkpoint has and the command line does not name are turned on, with the arguments of
+    Megatron's own that belong to them."""
     result = original(args, *rest, **kwargs)
     if isinstance(result, tuple):  # else there was no checkpoint, or none with arguments
         given, saved = of_model(args), of_model(result[1])
         missing = {key: feature for key, feature in saved.items() if key not in given}
         set_features(args, missing)
         for feature in missing.values():
-            print_rank_0(f"Setting {as_flags(feature)} from checkpoint")
+            vars(args).update(upstream_arguments(feature, result[1]))
+            print_rank_0(f"Setting {as_flags(feature, result[1])} from checkpoint")
     return result
 
 
@@ -60,12 +63,13 @@ def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
     for key, theirs in saved.items():
         mine = run.get(key)
         layers = args.num_layers
-        if mine is None or mine.function(layers) != theirs.function(layers):
-            told = f"has {as_flags(theirs)}, this run {as_flags(mine) if mine else 'does not'}"
+        if mine is None or function(mine, args, layers) != function(theirs, saved_args, layers):
+            wanted = as_flags(theirs, saved_args)
+            told = f"has {wanted}, this run {as_flags(mine, args) if mine else 'does not'}"
             if not args.finetune:
                 raise ConfigError(
                     f"checkpoint {folder} {told}: its weights would compute another function. Give "
-                    f"{as_flags(theirs)}, or --use-checkpoint-args, or --finetune to retrain them"
+                    f"{wanted}, or --use-checkpoint-args, or --finetune to retrain them"
                 )
             print_rank_0(f"{theirs.name}: checkpoint {folder} {told}: retrain it")
 
@@ -75,11 +79,27 @@ def of_model(args: Namespace) -> dict[str, Any]:
     return {key: feature for key, feature in features_of(args).items() if feature.changes_model}
 
 
-def as_flags(feature: Any) -> str:
+def function(feature: Any, args: Namespace, num_layers: int) -> Any:
+    """What decides the function of the weights: of the feature's values, or of all arguments where
+    its adapter has ``function(args, feature)``."""
+    of_arguments = getattr(adapter(feature.key()), "function", None)
+    return of_arguments(args, feature) if of_arguments else feature.function(num_layers)
+
+
+def upstream_arguments(feature: Any, args: Namespace) -> dict[str, Any]:
+    """Megatron's own arguments that belong to a feature: ``ARGUMENTS`` of its adapter."""
+    names = getattr(adapter(feature.key()), "ARGUMENTS", ())
+    return {name: getattr(args, name) for name in names}
+
+
+def as_flags(feature: Any, args: Namespace) -> str:
     """``--ladder-residual --ladder-layers all``."""
-    given = {name: value for name, value in feature.to_dict().items() if value is not None}
-    fields = [f"{feature.flag(name)} {value}" for name, value in given.items()]
-    return " ".join([feature.flag(), *fields])
+    given = {feature.flag(name): value for name, value in feature.to_dict().items()}
+    for name, value in upstream_arguments(feature, args).items():
+        given["--" + name.replace("_", "-")] = value
+    given = {flag: value for flag, value in given.items() if value not in (None, False)}
+    words = [flag if value is True else f"{flag} {value}" for flag, value in given.items()]
+    return " ".join([feature.flag(), *words])
 
 
 def print_rank_0(message: str) -> None:

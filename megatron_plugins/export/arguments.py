@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from megatron_plugins import power_mup
 from megatron_plugins.arguments import features_of
 from megatron_plugins.refusals import Refusal
 from torch_plugins.config import ConfigError
@@ -114,7 +115,7 @@ def decoder_config(args: Namespace, vocab_size: int, dtype: str) -> PluginDecode
     refuse_inexpressible(args)
     try:
         heads = args.num_attention_heads
-        fields: dict[str, Any] = _multipliers(args)
+        fields: dict[str, Any] = power_mup.multipliers(args)
         features = features_of(args).items()
         fields |= {key: feature.to_dict() for key, feature in features if feature.has_section}
         return PluginDecoderConfig(
@@ -171,21 +172,3 @@ def _rope(args: Namespace) -> dict[str, Any] | None:
             "original_max_position_embeddings": 8192,
         }
     return rope
-
-
-def _multipliers(args: Namespace) -> dict[str, Any]:
-    """muP as ``TransformerConfig.__post_init__`` derives it, with w = width / base width::
-
-    attention: sqrt(base head dim or 1) / head_dim ** power
-    logits:    mup_output_mult, or 1 / w where it is left at 1
-    """
-    if not getattr(args, "use_mup", False):
-        return {}
-    width = args.hidden_size / (args.mup_base_hidden_size or args.hidden_size)
-    output = args.mup_output_mult if args.mup_output_mult != 1.0 else 1.0 / width
-    base_head_dim = args.mup_base_head_dim if args.mup_base_head_dim is not None else 1.0
-    return {
-        "embedding_multiplier": args.mup_embedding_mult,
-        "attention_multiplier": base_head_dim**0.5 / args.kv_channels**args.mup_attn_scale_power,
-        "logits_scaling": 1.0 / output,
-    }

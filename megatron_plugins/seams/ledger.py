@@ -47,6 +47,17 @@ HOOKS: tuple[Symbol, ...] = (
         handler="megatron_plugins.seams.doors:block_submodules",
     ),
     Symbol(
+        id="carry",
+        targets=(
+            "megatron.core.tensor_parallel.random:checkpoint",
+            "megatron.core.extensions.transformer_engine:te_checkpoint",
+        ),
+        feature="any",
+        why="full recompute takes and returns tensors only; what layers hand on crosses it as such",
+        remove_when="recomputed chunks pass on structures of tensors",
+        handler="megatron_plugins.seams.doors:checkpoint",
+    ),
+    Symbol(
         id="activity",
         targets=("megatron.training.training:setup_model_and_optimizer",),
         feature="any",
@@ -70,6 +81,63 @@ HOOKS: tuple[Symbol, ...] = (
         "skipped by --finetune and sees only its own arguments",
         remove_when="upstream offers a check of saved arguments for extensions",
         handler="megatron_plugins.checkpoints:compare",
+    ),
+    Symbol(
+        id="power-lr-rate",
+        targets=("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.get_lr",),
+        feature="power_lr",
+        why="the rate of the decay style 'power', ahead of the cut-off at min_lr",
+        remove_when="decay styles can be registered",
+        handler="megatron_plugins.power_lr:get_lr",
+        relies_on=(
+            "max_lr",
+            "min_lr",
+            "init_lr",
+            "num_steps",
+            "lr_warmup_steps",
+            "lr_decay_steps",
+            "lr_decay_style",
+            "wsd_decay_steps",
+        ),
+    ),
+    Symbol(
+        id="power-lr-save",
+        targets=("megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.state_dict",),
+        feature="power_lr",
+        why="a, b, the last phase and the token count belong to the scheduler's state",
+        remove_when="decay styles can be registered",
+        handler="megatron_plugins.power_lr:state_dict",
+        relies_on=("num_steps", "wd_incr_style", "wd_incr_steps"),
+    ),
+    Symbol(
+        id="power-lr-load",
+        targets=(
+            "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.load_state_dict",
+        ),
+        feature="power_lr",
+        why="compares them with the run's by upstream's rules",
+        remove_when="decay styles can be registered",
+        handler="megatron_plugins.power_lr:load_state_dict",
+        relies_on=("_check_and_set", "lr_decay_style", "wd_incr_style"),
+    ),
+    Symbol(
+        id="power-lr-batch",
+        targets=("megatron.training.training:train_step",),
+        feature="power_lr",
+        why="only here are the consumed samples and the scheduler's in step: skipped iterations "
+        "set them apart, and the batch size follows the consumed ones",
+        remove_when="the scheduler is told the batch size",
+        handler="megatron_plugins.power_lr:train_step",
+        relies_on=("opt_param_scheduler",),
+    ),
+    Symbol(
+        id="mup-groups",
+        targets=("megatron.core.optimizer:get_mup_config_overrides",),
+        feature="power_mup",
+        why="--use-mup also divides Adam's epsilon by the width multiplier, the paper does not; "
+        "training.py binds the function as it imports it",
+        remove_when="upstream lets --use-mup leave Adam's epsilon alone",
+        handler="megatron_plugins.power_mup:keep_epsilon",
     ),
 )
 
@@ -105,6 +173,14 @@ USED: tuple[Symbol, ...] = (
         ),
     ),
     Symbol(
+        id="layer-submodules",
+        targets=("megatron.core.transformer.transformer_layer:TransformerLayerSubmodules",),
+        feature="power_mup",
+        why="the residual multiplier replaces the two bias-dropout-adds that a layer's spec names",
+        remove_when="upstream has a residual multiplier",
+        relies_on=("self_attn_bda", "mlp_bda", "cross_attention"),
+    ),
+    Symbol(
         id="row-parallel",
         targets=("megatron.core.tensor_parallel.layers:RowParallelLinear",),
         feature="ladder_residual",
@@ -134,6 +210,18 @@ USED: tuple[Symbol, ...] = (
         why="it reduces only in parallel_mode 'row', which it reads at each forward; the ladder "
         "clears it",
         remove_when="TERowParallelLinear returns a handle of an asynchronous reduction",
+    ),
+    Symbol(
+        id="batch-size",
+        targets=("megatron.core:num_microbatches_calculator",),
+        feature="power_lr",
+        why="the global batch after a number of samples, by a copy of the run's own calculator",
+        remove_when="it answers for a given number of samples",
+        relies_on=(
+            "_GLOBAL_NUM_MICROBATCHES_CALCULATOR",
+            "get_current_running_global_batch_size",
+            "def update(self, consumed_samples, consistency_check",
+        ),
     ),
     Symbol(
         id="export-model",
