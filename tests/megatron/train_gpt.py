@@ -3,7 +3,7 @@
 Wheels ship no pretrain_gpt.py; this covers the three ways in which those of the supported
 versions call ``pretrain``. Every rank reads its own copy of the batch. With
 ``TRAIN_GPT_RECORD=path`` the last rank also writes each iteration's loss and gradient norm there,
-exactly, as JSON lines.
+and the learning rate of the next, exactly, as JSON lines.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def record(path: str) -> None:
     def training_log(*args, **kwargs):
         values = signature.bind(*args, **kwargs).arguments
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            line = {"iteration": values["iteration"], "grad_norm": values["grad_norm"]}
+            line = {name: values[name] for name in ("iteration", "grad_norm", "learning_rate")}
             line.update(values["loss_dict"])
             line = {name: None if value is None else float(value) for name, value in line.items()}
             with Path(path).open("a") as lines:
