@@ -8,12 +8,11 @@ Works where the package has no installed entry point, such as on PYTHONPATH::
 
 from __future__ import annotations
 
-import os
-import runpy
-import sys
 from collections.abc import Sequence
 
-USAGE = "usage: python -m megatron_plugins SCRIPT [ARGUMENTS ...]"
+from torch_plugins.seams import script
+
+USAGE = f"usage: python -m megatron_plugins SCRIPT [ARGUMENTS ...]\n{__doc__}"
 
 
 def run(command: Sequence[str]) -> None:
@@ -22,12 +21,4 @@ def run(command: Sequence[str]) -> None:
     Raises:
         SystemExit: no script was named, or it does not exist.
     """
-    if not command or command[0].startswith("-"):
-        raise SystemExit(f"{USAGE}\n{__doc__}")
-    script = command[0]
-    if not os.path.isfile(script):
-        raise SystemExit(f"{USAGE}\nno such script: {script}")
-    sys.argv = list(command)
-    if not getattr(sys.flags, "safe_path", False):  # python -P puts no folder there
-        sys.path[0] = os.path.dirname(os.path.realpath(script))
-    runpy.run_path(os.path.abspath(script), run_name="__main__")
+    script.run(command, USAGE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_plugins.seams import versions
 from megatron_plugins.seams.ledger import HOOKS
 from torch_plugins.config import ConfigError
-from torch_plugins.seams import patch
+from torch_plugins.seams import requirements
 
 
 def require(key: str, flag: str) -> None:
@@ -18,12 +18,5 @@ def require(key: str, flag: str) -> None:
     problem = versions.verdict(version)
     if problem and version and version[:2] < versions.OLDEST:
         raise ConfigError(f"{flag}: {problem}")
-    for symbol in HOOKS:
-        if symbol.feature in ("any", key) and patch.state(symbol) == "missing":
-            cause = patch.failed.get(symbol.id)
-            raise ConfigError(
-                f"{flag} needs {' or '.join(symbol.targets)} ({symbol.why}), known in "
-                f"{symbol.versions}: missing in megatron-core {versions.text(version)}"
-                + (f" ({cause!r})" if cause else "")
-                + "; run python -m megatron_plugins.doctor"
-            )
+    host = f"megatron-core {versions.text(version)}"
+    requirements.require(HOOKS, key, flag, host, "python -m megatron_plugins.doctor")
