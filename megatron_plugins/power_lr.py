@@ -104,12 +104,12 @@ def get_lr(original: Callable[..., float], scheduler: Any, param_group: dict[str
     """Wrap of ``OptimizerParamScheduler.get_lr``: the rate of one parameter group."""
     if scheduler.lr_decay_style != STYLE:
         return original(scheduler, param_group)
-    run = settings(scheduler)
+    run, peak = settings(scheduler), _peak_of_groups(scheduler)
     return _rate(
         run.schedule(scheduler),
         run.tokens(scheduler.num_steps),
         batch_size(scheduler.num_steps + run.skipped) * run.sequence_length,
-        param_group.get("max_lr", scheduler.max_lr) / _peak_of_groups(scheduler),
+        param_group.get("max_lr", peak) / peak,
         param_group.get("min_lr", scheduler.min_lr),
     )
 
@@ -298,8 +298,8 @@ def _check_phases(args: Namespace, feature: PowerLR, unit: str, wsd: int) -> Non
         typed += f" and {flag if feature.decay_tokens else f'--lr-wsd-decay-{unit} {wsd}'}"
     if warmup >= total or warmup + decay > total:
         raise ConfigError(
-            f"{typed} do not fit into a run of {total * samples * args.seq_length:,} tokens "
-            f"({total:,} {unit}): shorten them, or train longer with --train-{unit}"
+            f"{typed} must fit into the run of {total * samples * args.seq_length:,} tokens "
+            f"({total:,} {unit}): shorten the phases, or train longer with --train-{unit}"
         )
 
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,21 +76,31 @@ class Run:
         return {int(i): (float(x), float(g)) for i, x, g in _LOG_LINE.findall(self.output)}
 
 
+def without(*flags: str) -> list[str]:
+    """:data:`TINY` less some of its flags, each with its value."""
+    words = list(TINY)
+    for flag in flags:
+        at = words.index(flag)
+        del words[at : at + 2]
+    return words
+
+
 def train(
     *flags: object,
     processes: int = 1,
+    tiny: Sequence[str] = TINY,
     script: Path = TRAIN_GPT,
     environment: Mapping[str, str] | None = None,
     check: bool = True,
     timeout: float = 300,
 ) -> Run:
-    """Train :data:`TINY` with ``flags`` on top, in ``processes`` processes on the CPU backend.
+    """Train ``tiny`` with ``flags`` on top, in ``processes`` processes on the CPU backend.
 
     Raises:
         AssertionError: ``check`` and a process failed, or ``timeout`` seconds went by; the message
             holds the end of every rank's output.
     """
-    command = [script, *TINY, *flags]
+    command = [script, *tiny, *flags]
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.jsonl"
         environment = {
