@@ -50,14 +50,18 @@ from tests.megatron.ladder_table import (
     VOCAB,
     WORLD,
 )
-from torch_plugins.config import LadderResidual
+from torch_plugins.config import LadderResidual, PowerMup
 
 
-def build(ladder: str | None, **options: Any) -> GPTModel:
-    """A GPT with the given ladder layers, or the stock one; the same weights in both."""
+def build(ladder: str | None, multiplier: float = 1, **options: Any) -> GPTModel:
+    """A GPT with the given ladder layers and residual multiplier, or the stock one; the same
+    weights in both."""
     config = TransformerConfig(**{**GPT, **options})
     if ladder is not None:
-        config.megatron_plugins = {"ladder_residual": LadderResidual(ladder)}
+        config.megatron_plugins = {
+            "ladder_residual": LadderResidual(ladder),
+            "power_mup": PowerMup(residual_multiplier=multiplier),
+        }
     if config.num_moe_experts:
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization=config.normalization
@@ -90,11 +94,11 @@ def build(ladder: str | None, **options: Any) -> GPTModel:
     return model.to(config.params_dtype) if config.bf16 else model
 
 
-def pair(ladder: str, **options: Any) -> tuple[GPTModel, GPTModel]:
+def pair(ladder: str, multiplier: float = 1, **options: Any) -> tuple[GPTModel, GPTModel]:
     """The ladder model and the stock model, with the same weights."""
     torch.manual_seed(0)
     stock = build(None, **options)
-    model = build(ladder, **options)
+    model = build(ladder, multiplier, **options)
     model.load_state_dict(stock.state_dict())
     return model, stock
 
@@ -106,8 +110,9 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return tokens, positions, mask
 
 
-def recurrence(model: GPTModel, ladder: str) -> Tensor:
-    """Logits [b, s, v] by form B of the ladder, out of a stock model's modules."""
+def recurrence(model: GPTModel, ladder: str, multiplier: float = 1) -> Tensor:
+    """Logits [b, s, v] by form B of the ladder, out of a stock model's modules, whose outputs are
+    multiplied before they are added."""
     tokens, positions, mask = inputs()
     fp32_residual = model.config.fp32_residual_connection
     rope = model.rotary_pos_emb(SEQUENCE)
@@ -119,7 +124,8 @@ def recurrence(model: GPTModel, ladder: str) -> Tensor:
             output, bias = output_with_bias
             stream = stream.float() if fp32_residual else stream
             output = output.to(stream.dtype)
-            return stream + (output if bias is None else output + bias.to(stream.dtype))
+            output = output if bias is None else output + bias.to(stream.dtype)
+            return stream + multiplier * output
 
         def attention(stream: Tensor, layer: Any = layer) -> tuple[Tensor, Tensor | None]:
             normed = layer.input_layernorm(stream)
@@ -157,12 +163,14 @@ def difference(A: dict[str, Tensor], B: dict[str, Tensor]) -> float:
     )
 
 
-def against_recurrence(ladder: str, options: dict[str, Any]) -> dict[str, Any]:
+def against_recurrence(
+    ladder: str, options: dict[str, Any], multiplier: float = 1
+) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     if not options.keys() <= known:
         return {"unknown": sorted(options.keys() - known)}
-    model, stock = pair(ladder, **options)
-    A, B = model(*inputs()), recurrence(stock, ladder)
+    model, stock = pair(ladder, multiplier=multiplier, **options)
+    A, B = model(*inputs()), recurrence(stock, ladder, multiplier)
     standard = stock(*inputs())
     backward(A)
     backward(B)
@@ -317,7 +325,8 @@ def static_inference(**options: Any) -> dict[str, Any]:
     return {"logits": (torch.cat(parts, dim=1)[:, -8:] - full[:, last:]).abs().max().item()}
 
 
-def main(output: str) -> None:
+def start() -> None:
+    """Bring Megatron up."""
     dist.init_process_group("gloo")
     # Without TransformerEngine the default, fp8=False, still asks for its fp8 state.
     tensor_parallel.CheckpointWithoutOutput = functools.partial(
@@ -325,6 +334,20 @@ def main(output: str) -> None:
     )
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=WORLD)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def write(output: str, cases: dict[str, Callable[[], dict[str, Any]]]) -> None:
+    """Run the cases; a JSON line for each, from rank 0, and leave Megatron."""
+    for name, case in cases.items():
+        result = case()
+        if dist.get_rank() == 0:
+            with Path(output).open("a") as lines:
+                lines.write(json.dumps({"case": name, **result}) + "\n")
+    dist.destroy_process_group()
+
+
+def main(output: str) -> None:
+    start()
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         name: functools.partial(against_recurrence, *case)
         for name, case in AGAINST_RECURRENCE.items()
@@ -341,12 +364,7 @@ def main(output: str) -> None:
         "static-inference": static_inference,
         "static-inference-llama": lambda: static_inference(**LLAMA),
     }
-    for name, case in cases.items():
-        result = case()
-        if dist.get_rank() == 0:
-            with Path(output).open("a") as lines:
-                lines.write(json.dumps({"case": name, **result}) + "\n")
-    dist.destroy_process_group()
+    write(output, cases)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from torch_plugins.config import LadderResidual
+from torch_plugins.config import LadderResidual, PowerMup
 
 
 def build(ladder: bool) -> GPTModel:
@@ -58,7 +58,10 @@ def build(ladder: bool) -> GPTModel:
         sequence_parallel=True,
     )
     if ladder:
-        config.megatron_plugins = {"ladder_residual": LadderResidual()}
+        config.megatron_plugins = {
+            "ladder_residual": LadderResidual(),
+            "power_mup": PowerMup(residual_multiplier=0.5),
+        }
     spec = get_gpt_layer_with_transformer_engine_spec()
     return GPTModel(config, spec, vocab_size=64, max_sequence_length=32)
 
@@ -79,6 +82,9 @@ def main(output: str) -> None:
     found = {
         "classes": sorted({type(linear).__name__ for pair in linears for linear in pair}),
         "parallel modes": [[linear.parallel_mode for linear in pair] for pair in linears],
+        "multipliers": [
+            add.residual_multiplier for layer in model.decoder.layers for add in layer._add.values()
+        ],
         "stock parallel mode": stock.decoder.layers[0].mlp.linear_fc2.parallel_mode,
         "same shapes": shapes(model) == shapes(stock),
         "same keys": list(model.state_dict()) == list(stock.state_dict()),

@@ -32,6 +32,7 @@ def test_ladder_layers_of_transformer_engine(tmp_path: Path) -> None:
     # Only the last MLP keeps its own reduction: nothing runs after it that could hide one.
     assert found["parallel modes"] == [[None, None], [None, "row"]]
     assert found["stock parallel mode"] == "row"
+    assert found["multipliers"] == [0.5] * 4  # of both additions, inside the ladder's
     assert found["same shapes"]
     assert found["same keys"]
     assert found["same shards"]
