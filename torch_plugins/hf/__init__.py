@@ -1,6 +1,7 @@
 """The decoder for Hugging Face transformers (5.5 to 5.24), with every plugin feature.
 
-Importing this package registers it with the Auto classes::
+Importing this package registers it with the Auto classes, which the installed entry point does when
+they meet its ``model_type``::
 
     import torch_plugins.hf
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -12,6 +13,7 @@ Without the package, a saved folder carries its code::
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .._autoload import activate
 from .configuration_plugin_decoder import PluginDecoderConfig
 from .modeling_plugin_decoder import PluginDecoderForCausalLM, PluginDecoderModel
 from .remote_code import write_remote_code
@@ -28,3 +30,4 @@ __all__ = [
 AutoConfig.register(PluginDecoderConfig.model_type, PluginDecoderConfig, exist_ok=True)
 AutoModel.register(PluginDecoderConfig, PluginDecoderModel, exist_ok=True)
 AutoModelForCausalLM.register(PluginDecoderConfig, PluginDecoderForCausalLM, exist_ok=True)
+activate()  # Power LR in Trainer, where no entry point did so

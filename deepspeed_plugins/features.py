@@ -1,0 +1,75 @@
+"""Which features a DeepSpeed JSON turns on, and where their adapters lie.
+
+A feature's section stands under ``"deepspeed_plugins"``, named like its key::
+
+    "deepspeed_plugins": {"my_feature": {"field": "value"}}
+
+An adapter is the module ``deepspeed_plugins/<key>.py``; that it exists makes the feature available.
+It may define
+
+- ``from_config(config)``: the settings, or None while off, where they do not stand in the section;
+- ``validate(settings, engine_arguments)``: raise before the engine builds anything;
+- ``describe(settings, engine)``: its line at the start of a run, after checking that it is active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from torch_plugins.config import FEATURES, ConfigError, Feature, did_you_mean
+
+SECTION = "deepspeed_plugins"
+
+
+def adapter(key: str) -> ModuleType:
+    """``power_lr -> deepspeed_plugins.power_lr``, imported on first use."""
+    return import_module(f"deepspeed_plugins.{key}")
+
+
+def available() -> dict[str, type[Feature]]:
+    """Features that have an adapter here, by key."""
+    found = {feature.key(): feature for feature in FEATURES}
+    return {key: found[key] for key in found if find_spec(f"deepspeed_plugins.{key}")}
+
+
+def features_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the features that a parsed JSON turns on, by key.
+
+    Raises:
+        ConfigError: an unknown or misplaced key, or a wrong value.
+    """
+    section = config.get(SECTION, {})
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{SECTION} {section!r}: must be an object, one key per feature")
+    known = available()
+    elsewhere = {key for key in known if hasattr(adapter(key), "from_config")}
+    for key in section:
+        _check_key(key, [name for name in known if name not in elsewhere])
+    found = {}
+    for key, feature in known.items():
+        if key in elsewhere:
+            settings = adapter(key).from_config(config)
+        else:
+            settings = feature.from_dict(section[key]) if key in section else None
+        if settings is not None:
+            found[key] = settings
+    return found
+
+
+def _check_key(key: str, known: list[str]) -> None:
+    if key in known:
+        return
+    for feature in FEATURES:
+        if key == feature.key():
+            place = (
+                f"it is turned on by {feature.where()}"
+                if find_spec(f"deepspeed_plugins.{key}")
+                else "this version has no DeepSpeed adapter for it"
+            )
+            raise ConfigError(f"{SECTION}.{key}: {place}")
+    hint = did_you_mean(key, known) if known else "; this version has no feature there"
+    raise ConfigError(f"{SECTION}: unknown key {key!r}{hint}")

@@ -1,0 +1,45 @@
+"""Wraps of DeepSpeed's configuration and engine: check the JSON, and say what became active."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from deepspeed_plugins.features import adapter, available, features_of
+from deepspeed_plugins.seams.requirements import require
+
+
+def read_config(original: Callable[..., Any], config: Any, *args: Any, **kwargs: Any) -> None:
+    """Wrap of ``DeepSpeedConfig.__init__``: refuses what is wrong with the plugins' settings.
+
+    Raises:
+        ConfigError: see :func:`deepspeed_plugins.features.features_of`.
+    """
+    original(config, *args, **kwargs)
+    features_of(config._param_dict)
+
+
+def build_engine(original: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) -> None:
+    """Wrap of ``DeepSpeedEngine.__init__``: rank 0 prints one line per active feature.
+
+    Raises:
+        ConfigError: a feature cannot work, before anything is built; or it is on and inactive.
+    """
+    arguments = inspect.signature(original).bind(engine, *args, **kwargs).arguments
+    features = features_of(arguments["config_class"]._param_dict)
+    for key, settings in features.items():
+        require(key, available()[key].name)
+        adapter(key).validate(settings, arguments)
+    original(engine, *args, **kwargs)
+    report(features, engine)
+
+
+def report(features: Mapping[str, Any], engine: Any) -> None:
+    """Print what each feature says of itself."""
+    names = {key: available()[key].name for key in features}
+    lines = [f"{names[key]}: {adapter(key).describe(features[key], engine)}" for key in features]
+    if lines and (not dist.is_initialized() or dist.get_rank() == 0):
+        print("\n".join(lines), flush=True)

@@ -1,0 +1,1 @@
+"""The only place that names DeepSpeed's symbols: ledger, supported versions, requirements."""

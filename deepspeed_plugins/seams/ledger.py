@@ -1,0 +1,91 @@
+"""Every symbol of DeepSpeed that the plugins touch: where it lives, since when, why, and when it
+can go.
+
+Data only, standard library only. ``torch_plugins.seams.patch`` installs the rows that have a
+handler; ``doctor`` prints them all; ``tests/deepspeed/test_seams.py`` checks them against the
+installed DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch_plugins.seams.symbol import Symbol
+
+_Symbol = partial(Symbol, versions="0.18-0.19")
+
+HOOKS: tuple[Symbol, ...] = (
+    _Symbol(
+        id="ds-config",
+        targets=("deepspeed.runtime.config:DeepSpeedConfig.__init__",),
+        feature="any",
+        why="reads and checks the JSON's sections for the plugins, before anything is built",
+        remove_when="DeepSpeed has sections for extensions and refuses unknown ones",
+        handler="deepspeed_plugins.host:read_config",
+        relies_on=("_param_dict",),
+    ),
+    _Symbol(
+        id="ds-engine",
+        targets=("deepspeed.runtime.engine:DeepSpeedEngine.__init__",),
+        feature="any",
+        why="every engine passes here, whoever calls deepspeed.initialize and with what config",
+        remove_when="DeepSpeed calls extensions before and after it builds an engine",
+        handler="deepspeed_plugins.host:build_engine",
+        relies_on=("config_class", "lr_scheduler", "optimizer_name"),
+    ),
+    _Symbol(
+        id="ds-scheduler",
+        targets=("deepspeed.runtime.engine:DeepSpeedEngine._scheduler_from_config",),
+        feature="power_lr",
+        why='builds scheduler.type "PowerLR" with the engine\'s batch size',
+        remove_when="schedulers of the JSON are given the batch size",
+        handler="deepspeed_plugins.power_lr:from_engine",
+        relies_on=("scheduler_name", "scheduler_params"),
+    ),
+    _Symbol(
+        id="ds-batch",
+        targets=("deepspeed.runtime.engine:DeepSpeedEngine.set_train_batch_size",),
+        feature="power_lr",
+        why="a batch size that ramps up changes the rate at once",
+        remove_when="the engine tells its scheduler of a new batch size",
+        handler="deepspeed_plugins.power_lr:follow_batch",
+    ),
+    _Symbol(
+        id="ds-micro-batch",
+        targets=("deepspeed.runtime.engine:DeepSpeedEngine.set_train_micro_batch_size",),
+        feature="power_lr",
+        why="as ds-batch",
+        remove_when="as ds-batch",
+        handler="deepspeed_plugins.power_lr:follow_batch",
+    ),
+)
+
+REGISTRIES = (
+    ("deepspeed.runtime.lr_schedules", "ds-schedules", "deepspeed_plugins.power_lr:register"),
+)
+"""``(module, id, function of ours called with it)``."""
+
+USED: tuple[Symbol, ...] = (
+    _Symbol(
+        id="ds-schedules",
+        targets=("deepspeed.runtime.lr_schedules:VALID_LR_SCHEDULES",),
+        feature="power_lr",
+        why="accelerate hands a scheduler to DeepSpeed only if its class is named here",
+        remove_when="accelerate hands over every scheduler",
+    ),
+    _Symbol(
+        id="ds-step",
+        targets=("deepspeed.runtime.engine:DeepSpeedEngine._take_model_step",),
+        feature="power_lr",
+        why="steps the scheduler once per optimizer step, not for one that fp16 overflow skipped",
+        remove_when="never",
+        relies_on=("overflow", "lr_scheduler.step", "TypeError"),
+    ),
+    _Symbol(
+        id="ds-batch-size",
+        targets=("deepspeed.runtime.engine:DeepSpeedEngine.train_batch_size",),
+        feature="power_lr",
+        why="sequences of the global batch",
+        remove_when="never",
+    ),
+)
