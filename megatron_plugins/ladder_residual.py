@@ -11,9 +11,9 @@ stream one module late, so the reduction overlaps the next module. Megatron's ow
     after attention:  launch reduce(attention);  stream += pending MLP of the layer before
     after the MLP:    launch reduce(MLP);        stream += pending attention
 
-The pending MLP output travels to the next layer as ``context``, the one tensor Megatron hands from
-layer to layer (and through activation recomputation); across a pipeline boundary it travels beside
-the stream as [s, b, 2h], with its bias and dropout already applied.
+The pending MLP output travels to the next layer in the :class:`~megatron_plugins.carry.Carry` (and
+so through activation recomputation); across a pipeline boundary it travels beside the stream as
+[s, b, 2h], with its bias and dropout already applied.
 
 In a partial ladder the layer before the first ladder layer keeps its own residual, but hands over
 its MLP output as pending; the last ladder layer adds its MLP output itself.
@@ -30,9 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_plugins import carry
+from megatron_plugins.carry import Carry
 from megatron_plugins.reduction import InFlight, keep_partial_sums, reduce_async
 from megatron_plugins.refusals import Refusal
 from torch_plugins.config import ConfigError, LadderResidual
+
+PENDING = "pending MLP output"
 
 Add = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 """Megatron's bias-dropout-add: ``(output, bias), residual, dropout -> residual'``."""
@@ -190,27 +194,31 @@ def ladder_layer_class(base: type) -> type:
             return step
 
         def forward(
-            self, hidden_states: Tensor, *args: Any, context: Tensor | None = None, **kwargs: Any
-        ) -> tuple[Tensor, Tensor | None]:
-            """Megatron's forward; ``context`` is the pending MLP output of the layer before."""
+            self, hidden_states: Tensor, *args: Any, context: Carry | None = None, **kwargs: Any
+        ) -> tuple[Tensor, Carry | None]:
+            """Megatron's forward; ``context`` holds the pending MLP output of the layer before."""
             place = self.ladder
+            pending_output = carry.get(context, PENDING)
             if place.enters_stage:
-                hidden_states, context = (
+                hidden_states, pending_output = (
                     part.contiguous() for part in hidden_states.chunk(2, dim=-1)
                 )
-                self._incoming = context, Pending()
-            elif context is not None:
-                self._incoming = context, self.handovers[place.index - 1]
-            hidden_states, _ = super().forward(hidden_states, *args, **kwargs)
+                self._incoming = pending_output, Pending()
+            elif pending_output is not None:
+                self._incoming = pending_output, self.handovers[place.index - 1]
+            context = carry.put(context, {PENDING: None})
+            hidden_states, context = super().forward(
+                hidden_states, *args, context=context, **kwargs
+            )
             if not place.hands_over:
-                return hidden_states, None
+                return hidden_states, context
             assert self._outgoing is not None
             (output, pending), self._outgoing = self._outgoing, None
             if place.leaves_stage:
                 output = pending.complete(output, hidden_states, self.training)
-                return torch.cat((hidden_states, output), dim=-1), None
+                return torch.cat((hidden_states, output), dim=-1), context
             self.handovers[place.index] = pending
-            return hidden_states, output
+            return hidden_states, carry.put(context, {PENDING: output})
 
     LadderLayer.__name__ = LadderLayer.__qualname__ = f"Ladder{base.__name__}"
     return LadderLayer

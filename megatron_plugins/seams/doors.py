@@ -26,6 +26,14 @@ def block_submodules(
     return layers.block_submodules(original, config, spec, *args, **kwargs)
 
 
+def checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Activation checkpointing; only a feature that carries tensors from layer to layer differs."""
+    carry = sys.modules.get("megatron_plugins.carry")
+    if carry is None:
+        return original(*args, **kwargs)
+    return carry.through_checkpoint(original, *args, **kwargs)
+
+
 def megatron_args() -> Any:
     """Megatron's global arguments; None outside its training loop, as when used as a library."""
     module = sys.modules.get("megatron.training.global_vars")
