@@ -154,6 +154,35 @@ class Schedule:
         return eta
 
 
+def wsd(
+    peak_lr: float,
+    total_tokens: int,
+    decay_tokens: int,
+    *,
+    warmup_tokens: int = 0,
+    min_lr: float = 0.0,
+    decay_style: str = "exponential",
+) -> Schedule:
+    """Warm-up, constant ``peak_lr``, decay: the schedule with b = 0, the same for every batch."""
+    # beta * a is peak_lr for a batch of one token, and clipped for more.
+    power = PowerLRConfig(BASE_SEQUENCE_LENGTH * peak_lr, 0.0, decay_tokens, decay_style)
+    return Schedule(power, peak_lr, warmup_tokens, total_tokens, min_lr)
+
+
+def cosine(
+    peak_lr: float, total_tokens: int, *, warmup_tokens: int = 0, min_lr: float = 0.0
+) -> Schedule:
+    """Warm-up, and half a cosine down from ``peak_lr``: :func:`wsd` that decays all along."""
+    return wsd(
+        peak_lr,
+        total_tokens,
+        total_tokens - warmup_tokens,
+        warmup_tokens=warmup_tokens,
+        min_lr=min_lr,
+        decay_style="cosine",
+    )
+
+
 class PowerLR(LRScheduler):
     """The Power schedule as a torch scheduler: :meth:`step` after every optimizer step::
 
@@ -318,3 +347,9 @@ def _positive(name: str, value: int) -> int:
     good = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
     _require(name, value, good, "must be an integer of at least 1")
     return int(value)
+
+
+if __name__ == "__main__":
+    from torch_plugins.power_lr_cli import main
+
+    main()
