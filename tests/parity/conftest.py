@@ -40,6 +40,9 @@ CASES = {
     "squared-relu-no-positions-dp2": "--squared-relu --position-embedding-type none "
     "--untie-embeddings-and-output-weights --no-bias-gelu-fusion",
     "mup-pp2": LLAMA + PP2 + "--use-mup --mup-base-hidden-size 32 --mup-embedding-mult 3",
+    "power-mup-pp2": LLAMA + PP2 + GQA + "--power-mup-preset powerlm-3b --mup-base-hidden-size 16",
+    "power-mup-ladder-tp2": LLAMA + TP2 + "--power-mup-residual-multiplier 0.4 --ladder-residual "
+    "--mup-base-hidden-size 32 --mup-output-mult 0.3 --mup-base-head-dim 4",
     "rope-scaling-bf16-tp2": LLAMA + TP2 + "--use-rope-scaling --bf16",
     "numbered-layers-tp2": LLAMA + TP2 + "--moe-layer-freq [0,0,0,0]",
     "ladder-vpp2": LLAMA + PP2 + "--num-layers-per-virtual-pipeline-stage 1 --ladder-residual",

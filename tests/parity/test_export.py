@@ -24,6 +24,8 @@ MODEL_TYPES = {
     "interleaved-rope-wide-heads-tp2": "plugin_decoder",
     "squared-relu-no-positions-dp2": "plugin_decoder",
     "mup-pp2": "granite",
+    "power-mup-pp2": "granite",
+    "power-mup-ladder-tp2": "plugin_decoder",
     "rope-scaling-bf16-tp2": "llama",
     "numbered-layers-tp2": "llama",
     "ladder-vpp2": "plugin_decoder",
@@ -63,6 +65,26 @@ def test_logits(
         ),
     ):
         assert (other - expected).abs().max().item() <= limit
+
+
+def test_power_mup_leaves_as_a_stock_granite_folder(
+    checkpoints: Path, tmp_path: Path, without_megatron: None
+) -> None:
+    """With the multipliers of the preset, no section of ours and no code."""
+    export(checkpoints / "power-mup-pp2", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = {
+        "model_type": "granite",
+        "architectures": ["GraniteForCausalLM"],
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 1 / 16,
+        "logits_scaling": 4.0,
+        "initializer_range": 0.1,
+    }
+    assert {name: config[name] for name in expected} == expected
+    assert not [name for name in config if "mup" in name]
+    assert not list((tmp_path / "out").glob("*.py"))
 
 
 def test_features_and_dtype(checkpoints: Path, tmp_path: Path, without_megatron: None) -> None:
