@@ -60,13 +60,17 @@ class PluginDecoderRotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x_BHSP: Tensor, cos_BSR: Tensor, sin_BSR: Tensor) -> Tensor:
-    """Rotate the first R features of each head, pair ``(i, i + R/2)`` at a time; keep the rest."""
+    """Rotate the first R features of each head, pair ``(i, i + R/2)`` at a time; keep the rest.
+
+    With the operations of the stock models in their order, so that gradients are theirs to the bit.
+    """
     rotated = cos_BSR.shape[-1]
-    x, rest = x_BHSP[..., :rotated], x_BHSP[..., rotated:]
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    out = x * cos_BSR.unsqueeze(1) + turned * sin_BSR.unsqueeze(1)
-    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
+    if rotated < x_BHSP.shape[-1]:
+        out = apply_rotary(x_BHSP[..., :rotated], cos_BSR, sin_BSR)
+        return torch.cat((out, x_BHSP[..., rotated:]), dim=-1)
+    along = x_BHSP * cos_BSR.unsqueeze(1)
+    first, second = x_BHSP[..., : rotated // 2], x_BHSP[..., rotated // 2 :]
+    return along + torch.cat((-second, first), dim=-1) * sin_BSR.unsqueeze(1)
 
 
 def eager_attention(

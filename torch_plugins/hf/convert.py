@@ -1,0 +1,174 @@
+"""Turn a loaded Llama, Mistral, Qwen2, Qwen3 or Granite model into the decoder, in place.
+
+The families' tensor names are the decoder's, so a conversion moves no weight: every module object
+and ``nn.Parameter`` of the model stays, and modules only change their class. References that a
+script holds, optimizers made before, hooks, ``requires_grad``, gradient checkpointing and the
+generation configuration stay valid. Without a feature the function is the same, bit for bit.
+
+- Ladder Residual needs no other weights.
+- Cross-Layer Attention drops the key and value projections of its consumers; a producer keeps its
+  own. A separate ``kv_norm`` starts as a copy of the layer's ``input_layernorm``.
+
+Either changes the function: the model is to be trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import ConfigError, CrossLayerAttention, Feature
+from .configuration_plugin_decoder import PluginDecoderConfig
+from .families import decoder_config
+from .modeling_plugin_decoder import PluginDecoderForCausalLM, PluginDecoderLayer
+
+Parameters = dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How to reach weights that the host has distributed; by default none are."""
+
+    shape: Callable[[nn.Parameter], Sequence[int]] = lambda parameter: parameter.shape
+    """Of the whole parameter."""
+    gather: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] = lambda _: nullcontext()
+    """A context in which the parameters are whole, for reading."""
+
+
+LOCAL = Storage()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What an optimizer must follow; names as in ``named_parameters``."""
+
+    config: PluginDecoderConfig
+    removed: Parameters = field(default_factory=dict)
+    added: Parameters = field(default_factory=dict)
+    likes: Parameters = field(default_factory=dict)
+    """For each added one, the parameter it was copied from and is to be treated like."""
+
+
+def convert(
+    model: nn.Module, features: Iterable[Feature] = (), storage: Storage = LOCAL
+) -> Conversion:
+    """Make ``model`` a :class:`PluginDecoderForCausalLM` with ``features``, in place.
+
+    A feature replaces what the model's own configuration says of it. A decoder that computes what
+    is asked for already is left alone.
+
+    Raises:
+        ConfigError: the decoder cannot express the model, or its consumers of Cross-Layer Attention
+            would need keys and values that it does not have. Nothing is changed then.
+    """
+    config = decoder_config(model)
+    stock = _function(config)
+    _check_weights(model, _skeleton(config), storage)
+    for feature in features:
+        setattr(config, feature.key(), feature.to_dict())
+    if _function(config) == stock and isinstance(model, PluginDecoderForCausalLM):
+        return Conversion(model.config)
+    _check_sharing(model, config, stock)
+    skeleton = _skeleton(config)
+    config._attn_implementation = model.config._attn_implementation
+    old = dict(model.named_parameters())
+    _become(model, skeleton)
+    likes = _initialise_kv_norms(model, storage)
+    new = dict(model.named_parameters())
+    return Conversion(
+        config,
+        removed={name: old[name] for name in old if name not in new},
+        added={name: new[name] for name in new if name not in old},
+        likes=likes,
+    )
+
+
+def _function(config: PluginDecoderConfig) -> tuple[Any, ...]:
+    """What the features make of the configuration's model."""
+    return config.ladder_layers, config.kv_producers, config.separate_kv_norm
+
+
+def _skeleton(config: PluginDecoderConfig) -> PluginDecoderForCausalLM:
+    """The decoder without memory."""
+    with torch.device("meta"):
+        return PluginDecoderForCausalLM(config)
+
+
+def _check_weights(model: nn.Module, skeleton: nn.Module, storage: Storage) -> None:
+    """Refuse a model whose weights are not those of its configuration.
+
+    Raises:
+        ConfigError: names the weights that are missing, unknown or of another shape.
+    """
+    have = {name: tuple(storage.shape(p)) for name, p in model.named_parameters()}
+    want = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+    wrong = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+    if wrong:
+        found = [f"{name} {have.get(name)}, expected {want.get(name)}" for name in wrong]
+        raise ConfigError(f"weights do not fit the model's configuration: {'; '.join(found[:4])}")
+
+
+def _check_sharing(model: Any, config: PluginDecoderConfig, stock: tuple[Any, ...]) -> None:
+    unshared = tuple(range(config.num_hidden_layers)), False
+    if stock[1:] not in (unshared, _function(config)[1:]):
+        raise ConfigError(
+            f"the model has {CrossLayerAttention.key()} {model.config.cross_layer_attention} and "
+            f"cannot be given {config.cross_layer_attention}: its consumers have no keys and "
+            "values of their own; convert the model that it was made from"
+        )
+
+
+def _become(module: nn.Module, skeleton: nn.Module) -> None:
+    """Give ``module`` the class, attributes and children of ``skeleton``; its parameters, buffers
+    and hooks stay, and so do the children that both have."""
+    children = {}
+    for name, child in skeleton._modules.items():
+        own = module._modules.get(name)
+        if own is None or child is None:
+            children[name] = child
+        else:
+            _become(own, child)
+            children[name] = own
+        module.__dict__.pop(name, None)
+    module._modules = children
+    if type(module) is not type(skeleton) or not _of_torch(module):
+        module.__class__ = type(skeleton)
+        kept = {*vars(nn.Module()), *OF_THE_USER}
+        for name, value in vars(skeleton).items():
+            if name not in kept or name not in vars(module):
+                vars(module)[name] = value
+
+
+OF_THE_USER = (
+    "generation_config",
+    "gradient_checkpointing",
+    "kernel_config",
+    "loss_type",
+    "name_or_path",
+)
+"""Attributes that a script or loader may have set on the model."""
+
+
+def _of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
+
+
+def _initialise_kv_norms(model: nn.Module, storage: Storage) -> Parameters:
+    """Give new norms their memory; returns what each of their parameters was copied from."""
+    likes = {}
+    for prefix, layer in model.named_modules():
+        norm = layer.self_attn.kv_norm if isinstance(layer, PluginDecoderLayer) else None
+        if norm is None or not any(p.is_meta for p in norm.parameters()):
+            continue
+        norm.train(layer.training)
+        for name, source in layer.input_layernorm.named_parameters():
+            with storage.gather([source]):
+                copy = nn.Parameter(source.detach().clone(), source.requires_grad)
+            setattr(norm, name, copy)
+            likes[f"{prefix}.self_attn.kv_norm.{name}"] = source
+    return likes

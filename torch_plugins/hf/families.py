@@ -1,0 +1,180 @@
+"""Stock models of transformers that the decoder expresses, and their configurations as its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from ..config import FEATURES, ConfigError
+from .configuration_plugin_decoder import PluginDecoderConfig
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite")
+
+SAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "attention_bias",
+    "attention_dropout",
+    "mlp_bias",
+    "max_position_embeddings",
+    "rope_parameters",
+    "initializer_range",
+    "tie_word_embeddings",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
+"""Fields with one name and one meaning here and there; a family has those that it declares."""
+
+RENAMED = ("rms_norm_eps", "head_dim")
+NEUTRAL = ("pretraining_tp", "use_sliding_window", "max_window_layers")
+"""Declared by a family, and without influence on a model that has no sliding window."""
+
+FIXED: dict[str, dict[str, Any]] = {
+    "qwen2": {"attention_bias": True, "attention_output_bias": False},
+    "qwen3": {"qk_norm": True},
+}
+"""What a family's code does without a field for it."""
+
+ROPE_TYPES = ("default", "linear", "llama3")
+"""Those that ``torch_plugins/reference.py`` can verify."""
+
+PLAIN_MODULES = ("torch.nn.modules.", "transformers.activations")
+
+
+def decoder_config(model: nn.Module) -> PluginDecoderConfig:
+    """The decoder's configuration with the function of a stock model, or a copy of its own.
+
+    Fields that no family declares, such as notes of the user, are carried over.
+
+    Raises:
+        ConfigError: names the class of the model, or the field or module that cannot be expressed.
+    """
+    family = family_of(model)
+    _check_modules(model, family)
+    config = model.config
+    if family == PluginDecoderConfig.model_type:
+        return PluginDecoderConfig.from_dict(config.to_dict() | {"dtype": config.dtype})
+    _check_config(config, family)
+    fields = {name: getattr(config, name) for name in SAME if hasattr(config, name)}
+    fields["norm_eps"] = config.rms_norm_eps
+    fields["head_dim"] = getattr(config, "head_dim", None)
+    fields["rope_parameters"] = dict(fields["rope_parameters"])
+    result = PluginDecoderConfig(**fields | FIXED.get(family, {}))
+    declared = _declared(config)
+    for name, value in vars(config).items():
+        if name not in declared and name not in ("architectures", "auto_map"):
+            setattr(result, name, value)
+    return result
+
+
+def family_of(model: nn.Module) -> str:
+    """``model_type`` of a causal language model that is transformers' own class of a family, or the
+    decoder, be it of this package or of a folder's remote code.
+
+    Raises:
+        ConfigError: it is another class.
+    """
+    kind = type(model)
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family in FAMILIES and kind.__name__.lower() == f"{family}forcausallm":
+        if kind.__module__ == _module(family):
+            return family
+    if family == PluginDecoderConfig.model_type and kind.__name__ == "PluginDecoderForCausalLM":
+        return family
+    hint = ""
+    if kind.__module__.startswith("peft.") or hasattr(model, "peft_config"):
+        hint = "; PEFT adapters are not supported: train without, or merge them first"
+    raise ConfigError(
+        f"{kind.__module__}.{kind.__qualname__} cannot be converted; known are the ForCausalLM "
+        f"classes of transformers for {', '.join(FAMILIES)}, and {PluginDecoderConfig.model_type}"
+        f"{hint}"
+    )
+
+
+def _module(family: str) -> str:
+    return f"transformers.models.{family}.modeling_{family}"
+
+
+def _declared(config: PretrainedConfig) -> set[str]:
+    """Fields of the family's configuration class, without those that every model has."""
+    common = {field.name for field in dataclasses.fields(PretrainedConfig)}
+    own = {field.name for field in dataclasses.fields(type(config))}
+    return own - common | set(SAME) | set(RENAMED)
+
+
+def _check_config(config: PretrainedConfig, family: str) -> None:
+    """Refuse what the decoder does not compute.
+
+    Raises:
+        ConfigError: names field, value and remedy.
+    """
+
+    def refuse(name: str, value: Any, why: str) -> None:
+        raise ConfigError(f"{name} {value!r} of the {family} model: {why}")
+
+    if getattr(config, "quantization_config", None) is not None:
+        method = getattr(config.quantization_config, "quant_method", config.quantization_config)
+        refuse("quantization_config", method, "quantised weights cannot be converted; load without")
+    window = getattr(config, "sliding_window", None)
+    if window is not None:
+        refuse(
+            "sliding_window",
+            window,
+            "the decoder attends to every earlier token; set null, which is the same function for "
+            "sequences up to that length",
+        )
+    kinds = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
+    if kinds:
+        refuse("layer_types", kinds, "only full_attention can be converted")
+    if getattr(config, "is_heterogeneous", False):
+        refuse("per_layer_config", sorted(config.per_layer_attributes), "layers must be alike")
+    rope = config.rope_parameters["rope_type"]
+    if rope not in ROPE_TYPES:
+        refuse("rope_parameters.rope_type", rope, f"use one of {', '.join(ROPE_TYPES)}")
+    known = {*SAME, *RENAMED, *NEUTRAL, "sliding_window", "layer_types"}
+    known |= {feature.key() for feature in FEATURES}
+    for field in dataclasses.fields(type(config)):
+        value = getattr(config, field.name, None)
+        if field.name in _declared(config) - known and value != field.default:
+            refuse(field.name, value, "this field of a newer transformers is unknown here")
+
+
+def _check_modules(model: nn.Module, family: str) -> None:
+    """Refuse modules and weights that are not the family's own: quantised, adapted, patched.
+
+    Raises:
+        ConfigError: names the module or weight.
+    """
+    own = _module(family) if family in FAMILIES else type(model).__module__.rsplit(".", 1)[0]
+    for name, module in model.named_modules():
+        kind, at = type(module), name or type(model).__name__
+        if not kind.__module__.startswith((own, *PLAIN_MODULES)):
+            raise ConfigError(
+                f"{at} is a {kind.__module__}.{kind.__qualname__}, not a module of {family}: "
+                "convert before adapters, quantization or kernels replace modules"
+            )
+        if "forward" in vars(module):
+            raise ConfigError(
+                f"the forward of {at} was replaced by {vars(module)['forward']!r}: convert before "
+                "accelerate's device_map hooks, fused kernels or losses are installed"
+            )
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter:
+            raise ConfigError(
+                f"{name} is a {type(parameter).__qualname__}: convert before weights are "
+                "quantised or distributed"
+            )
