@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import ConfigError, LadderResidual
+from .config import ConfigError, CrossLayerAttention, LadderResidual
 
 Tensors = Mapping[str, Tensor]
 Config = Mapping[str, Any]
+Heads = list[Tensor]
+"""One ``[B, S, P]`` per head."""
 
 
 def logits(tensors: Tensors, config: Config, input_ids: Tensor) -> Tensor:
@@ -27,7 +29,8 @@ def logits(tensors: Tensors, config: Config, input_ids: Tensor) -> Tensor:
 
     The stream is kept as ``r + a + m``, with the last attention ``a`` and the last MLP ``m`` still
     apart: the attention of a ladder layer reads ``r + a``, its MLP ``r + a + m``, each before the
-    other's new output is added (arXiv 2501.06589, section 3). A standard layer adds all first.
+    other's new output is added (arXiv 2501.06589, section 3). A standard layer adds all first. The
+    keys and values of a layer are kept for the consumers behind it (arXiv 2405.12981, section 2).
 
     Args:
         tensors: the state dict, in Hugging Face names.
@@ -41,20 +44,21 @@ def logits(tensors: Tensors, config: Config, input_ids: Tensor) -> Tensor:
         ConfigError: an activation, normalization, position embedding or RoPE type not known here.
     """
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    ladder = ladder_layers(config)
+    ladder, producers = ladder_layers(config), kv_producers(config)
+    kv: dict[int, tuple[Heads, Heads]] = {}
     scale = config.get("residual_multiplier", 1.0)
     r = embed(tensors, config, input_ids, positions)
     a = m = torch.zeros_like(r)
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}"
+        r = r + a if index in ladder else r + a + m
+        if producers[index] == index:
+            kv[index] = keys_and_values(tensors, config, layer, r, positions)
+        a = scale * attention(tensors, config, layer, r, positions, *kv[producers[index]])
         if index in ladder:
-            r = r + a
-            a = scale * attention(tensors, config, layer, r, positions)
             r = r + m
             m = scale * mlp(tensors, config, layer, r)
         else:
-            r = r + a + m
-            a = scale * attention(tensors, config, layer, r, positions)
             m = scale * mlp(tensors, config, layer, r + a)
     out = norm(tensors, config, "model.norm", r + a + m)
     head = "lm_head" if "lm_head.weight" in tensors else "model.embed_tokens"
@@ -66,6 +70,14 @@ def ladder_layers(config: Config) -> tuple[int, ...]:
     if section is None:
         return ()
     return LadderResidual.from_dict(section).resolve(config["num_hidden_layers"])
+
+
+def kv_producers(config: Config) -> tuple[int, ...]:
+    layers = config["num_hidden_layers"]
+    section = config.get("cross_layer_attention")
+    if section is None:
+        return tuple(range(layers))
+    return CrossLayerAttention.from_dict(section).resolve(layers)
 
 
 def embed(tensors: Tensors, config: Config, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -94,24 +106,50 @@ def norm(tensors: Tensors, config: Config, name: str, x: Tensor) -> Tensor:
     return y + tensors[f"{name}.bias"] if f"{name}.bias" in tensors else y
 
 
-def attention(tensors: Tensors, config: Config, layer: str, x: Tensor, positions: Tensor) -> Tensor:
+def heads_of(
+    tensors: Tensors, config: Config, layer: str, name: str, x: Tensor, positions: Tensor
+) -> Heads:
+    """Queries or keys (``name`` is ``q`` or ``k``), normalized if so configured, and rotated; or
+    values ``v``."""
+    y = dense(tensors, f"{layer}.self_attn.{name}_proj", x)
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    heads = list(y.split(head_dim, dim=-1))
+    if f"{layer}.self_attn.{name}_norm.weight" in tensors:
+        heads = [norm(tensors, config, f"{layer}.self_attn.{name}_norm", head) for head in heads]
+    return heads if name == "v" else [rotate(config, head, positions) for head in heads]
+
+
+def keys_and_values(
+    tensors: Tensors, config: Config, layer: str, x: Tensor, positions: Tensor
+) -> tuple[Heads, Heads]:
+    """Of a producer, from the stream ``x``: its norm is ``kv_norm`` where it has one."""
+    separate = f"{layer}.self_attn.kv_norm.weight" in tensors
+    name = "self_attn.kv_norm" if separate else "input_layernorm"
+    x = norm(tensors, config, f"{layer}.{name}", x)
+    keys, values = (heads_of(tensors, config, layer, n, x, positions) for n in "kv")
+    return keys, values
+
+
+def attention(
+    tensors: Tensors,
+    config: Config,
+    layer: str,
+    x: Tensor,
+    positions: Tensor,
+    keys: Heads,
+    values: Heads,
+) -> Tensor:
     """Pre-norm and causal attention, one query head at a time; head h reads group ``h * K / H``."""
-    heads = config["num_attention_heads"]
-    groups = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    scale = config.get("attention_multiplier")
-    scale = head_dim**-0.5 if scale is None else scale
     x = norm(tensors, config, f"{layer}.input_layernorm", x)
-    q, k, v = (dense(tensors, f"{layer}.self_attn.{n}_proj", x) for n in "qkv")
+    queries = heads_of(tensors, config, layer, "q", x, positions)
+    scale = config.get("attention_multiplier")
+    scale = queries[0].shape[-1] ** -0.5 if scale is None else scale
     future = positions[None, :] > positions[:, None]
     outputs = []
-    for head in range(heads):
-        group = head * groups // heads
-        query = rotate(config, q[..., head * head_dim : (head + 1) * head_dim], positions)
-        key = rotate(config, k[..., group * head_dim : (group + 1) * head_dim], positions)
-        value = v[..., group * head_dim : (group + 1) * head_dim]
-        scores = (query @ key.transpose(-1, -2) * scale).masked_fill(future, -math.inf)
-        outputs.append(torch.softmax(scores, dim=-1) @ value)
+    for head, query in enumerate(queries):
+        group = head * len(keys) // len(queries)
+        scores = (query @ keys[group].transpose(-1, -2) * scale).masked_fill(future, -math.inf)
+        outputs.append(torch.softmax(scores, dim=-1) @ values[group])
     return dense(tensors, f"{layer}.self_attn.o_proj", torch.cat(outputs, dim=-1))
 
 
