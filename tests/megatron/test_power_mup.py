@@ -11,12 +11,17 @@ import pytest
 import torch
 
 from megatron_plugins import checkpoints
+from megatron_plugins.export.arguments import decoder_config
+from megatron_plugins.export.checkpoint import Checkpoint, find_iteration
+from megatron_plugins.export.mapping import UNFUSED_NORMS, HFTensors
 from megatron_plugins.power_mup import REFUSED, scaled
 from megatron_plugins.refusals import refuse
 from tests.megatron.harness import Run, launch, train
 from tests.megatron.ladder_table import WORLD
 from tests.megatron.power_mup_table import AGAINST_RECURRENCE
 from torch_plugins.config import MUP_PRESETS, ConfigError, MupPreset, PowerMup
+from torch_plugins.hf import PluginDecoderForCausalLM
+from torch_plugins.mup import param_groups
 
 HERE = Path(__file__).parent
 LAYERS = 4
@@ -141,6 +146,28 @@ def test_learning_rate_epsilon_and_decay(recorded: Any) -> None:
         assert group["min_lr"] == pytest.approx(1e-4 / scale), name
         assert group["eps"] == 1e-6, name
         assert group["wd_mult"] == (0 if kind(name) == "vector" else 1), name
+
+
+def test_torchs_groups_are_megatrons(recorded: Any) -> None:
+    """Rate and weight decay of every parameter of the exported model are those of the parameter of
+    Megatron's that it comes from."""
+    folder, groups, _ = recorded
+    checkpoint = Checkpoint(find_iteration(folder))
+    config = decoder_config(checkpoint.args, 255, "float32")
+    model = PluginDecoderForCausalLM(config)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {
+        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        for group in param_groups(model, 1e-3, config.logits_scaling, weight_decay=1)
+        for parameter in group["params"]
+    }
+    for name, (key, row, *_) in HFTensors(checkpoint, config)._origin.items():
+        source = key if row is None else key.replace("layers.", f"layers.{row}.")
+        for fused, apart in UNFUSED_NORMS.items():  # the checkpoint's names are those of fused ones
+            source = source.replace(fused, apart)
+        theirs = groups[source]["lr"], groups[source]["wd_mult"]
+        assert found.pop(name) == pytest.approx(theirs), name
+    assert not found
 
 
 def test_initial_values(recorded: Any) -> None:

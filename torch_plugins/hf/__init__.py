@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .._autoload import activate
 from .configuration_plugin_decoder import PluginDecoderConfig
+from .granite import granite_config
 from .modeling_plugin_decoder import PluginDecoderForCausalLM, PluginDecoderModel
 from .remote_code import write_remote_code
 from .stock import stock_config
@@ -23,6 +24,7 @@ __all__ = [
     "PluginDecoderConfig",
     "PluginDecoderForCausalLM",
     "PluginDecoderModel",
+    "granite_config",
     "stock_config",
     "write_remote_code",
 ]
