@@ -101,7 +101,8 @@ class CrossLayerAttention(Feature):
             self.pattern is None or factor is None,
             f"give either a pattern or a sharing factor ({factor}), not both",
         )
-        self._require("sharing_factor", factor is None or factor >= 1, "must be at least 1")
+        whole = factor is None or (isinstance(factor, int) and factor >= 1)
+        self._require("sharing_factor", whole, "must be a whole number of layers, at least 1")
         self._require(
             "kv_norm",
             self.kv_norm in KV_NORMS,
