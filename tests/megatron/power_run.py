@@ -1,4 +1,4 @@
-"""Megatron's real scheduler for a command line, and what a training does with it, less the model."""
+"""Megatron's scheduler for a command line, and what a training does with it, less the model."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def validated(*flags: str) -> Namespace:
     """Megatron's arguments for TINY, or RAMPING, with ``flags``."""
     tiny = RAMPING if RAMP[0] in flags else TINY
     command = [*tiny, *flags, "--transformer-impl", "local"]
-    args = _parser().parse_args(command)
+    args = parser().parse_args(command)
     args.rank, args.world_size = 0, 1  # parse_args reads them from the environment
     arguments.validate_args(args)
     return args
 
 
 @cache
-def _parser() -> ArgumentParser:
+def parser() -> ArgumentParser:
     return arguments.add_megatron_arguments(ArgumentParser(allow_abbrev=False))
 
 

@@ -68,10 +68,25 @@ def test_the_batch_of_the_moment(run_of: Callable[..., Run]) -> None:
     flags = ["--train-samples", 240, "--lr-warmup-samples", 9, "--lr-wsd-decay-samples", 60]
     run = run_of(*POWER, *RAMP, *flags)
     schedule = Schedule(Power(1, decay_tokens=60 * 32), 5e-3, 9 * 32, 240 * 32)
-    for tokens, batch, rates in run.train(25):
+    for tokens, batch, rates in run.train(28):
         assert batch == 32 * (4 if tokens < EIGHT_FROM else 8 if tokens < TWELVE_FROM else 12)
         assert rates == closed_form(schedule, tokens, batch)
     assert tokens > 240 * 32
+
+
+def test_skipped_iterations_move_the_batch_and_not_the_tokens(run_of: Callable[..., Run]) -> None:
+    run = run_of(*POWER, *RAMP, "--train-samples", 240)
+    list(run.train(3))
+    run.args.consumed_train_samples += TWELVE_FROM // 32  # as --iterations-to-skip does
+
+    def step(*args: object) -> None:
+        for _, batch, rates in run.train(3):
+            tokens = 32 * run.scheduler.num_steps
+            assert (tokens >= 3 * 4 * 32, batch) == (True, 12 * 32)
+            assert rates == closed_form(Schedule(Power(a=1), 5e-3), tokens, batch)
+
+    power_lr.train_step(step, None, None, None, run.optimizer, run.scheduler)
+    assert run.scheduler.num_steps == 3 * 4 + 3 * 12
 
 
 def test_golden_values(run_of: Callable[..., Run]) -> None:
@@ -187,7 +202,7 @@ def test_extending_a_finished_run_is_the_longer_run(run_of: Callable[..., Run]) 
     state = saved(run_of(*POWER), 20)
     longer = (*POWER, "--train-iters", 40)
     assert rest(run_of(*longer), state, 20) == list(run_of(*longer).train(40))[20:]
-    with pytest.raises(ConfigError, match="--power-lr-decay-tokens is 1000 .*--override-opt"):
+    with pytest.raises(ConfigError, match=r"--power-lr-decay-tokens is 1000 .*--override-opt"):
         rest(run_of(*longer, *LAST), state)
     straight = list(run_of(*longer, *LAST).train(40))
     assert rest(run_of(*longer, *LAST, OVERRIDE), state, 20) == straight[20:]
