@@ -23,6 +23,9 @@ from typing import Any
 from torch_plugins.config import FEATURES, ConfigError, Feature, did_you_mean
 
 SECTION = "deepspeed_plugins"
+APPLY_TO = "apply_to"
+ENGINES = ("trained", "all")
+"""Values of :data:`APPLY_TO`: engines with an optimizer, or every one."""
 
 
 def adapter(key: str) -> ModuleType:
@@ -45,19 +48,56 @@ def features_of(config: Mapping[str, Any]) -> dict[str, Any]:
     section = config.get(SECTION, {})
     if not isinstance(section, Mapping):
         raise ConfigError(f"{SECTION} {section!r}: must be an object, one key per feature")
+    apply_to(config)
+    _refuse_auto(section)
     known = available()
     elsewhere = {key for key in known if hasattr(adapter(key), "from_config")}
     for key in section:
-        _check_key(key, [name for name in known if name not in elsewhere])
+        if key != APPLY_TO:
+            _check_key(key, [*(name for name in known if name not in elsewhere), APPLY_TO])
+    if SECTION in config and not section.keys() - {APPLY_TO}:
+        raise ConfigError(f"{SECTION} {dict(section)}: names no feature; drop it, or add one")
     found = {}
     for key, feature in known.items():
         if key in elsewhere:
             settings = adapter(key).from_config(config)
         else:
-            settings = feature.from_dict(section[key]) if key in section else None
+            settings = _read(feature, section[key]) if key in section else None
         if settings is not None:
             found[key] = settings
     return found
+
+
+def apply_to(config: Mapping[str, Any]) -> str:
+    """Which engines the section is for.
+
+    Raises:
+        ConfigError: an unknown value.
+    """
+    value = config.get(SECTION, {}).get(APPLY_TO, ENGINES[0])
+    if value not in ENGINES:
+        hint = did_you_mean(str(value), list(ENGINES))
+        raise ConfigError(f"{SECTION}.{APPLY_TO} {value!r}: unknown{hint}")
+    return str(value)
+
+
+def _refuse_auto(section: Mapping[str, Any], at: str = SECTION) -> None:
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            _refuse_auto(value, f"{at}.{key}")
+        elif value == "auto":
+            raise ConfigError(
+                f'{at}.{key} "auto": Hugging Face fills it nowhere here; give a value'
+            )
+
+
+def _read(feature: type[Feature], section: Any) -> Feature:
+    if not isinstance(section, Mapping):
+        raise ConfigError(
+            f"{SECTION}.{feature.key()} {section!r}: must be an object; {{}} for the defaults"
+        )
+    settings: Feature = feature.from_dict(dict(section))
+    return settings
 
 
 def _check_key(key: str, known: list[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from deepspeed_plugins.conversion import convert_model
 from deepspeed_plugins.features import adapter, available, features_of
 from deepspeed_plugins.seams.requirements import require
 
@@ -28,12 +29,15 @@ def build_engine(original: Callable[..., Any], engine: Any, *args: Any, **kwargs
     Raises:
         ConfigError: a feature cannot work, before anything is built; or it is on and inactive.
     """
-    arguments = inspect.signature(original).bind(engine, *args, **kwargs).arguments
-    features = features_of(arguments["config_class"]._param_dict)
+    call = inspect.signature(original).bind(engine, *args, **kwargs)
+    features = features_of(call.arguments["config_class"]._param_dict)
     for key, settings in features.items():
         require(key, available()[key].name)
-        adapter(key).validate(settings, arguments)
-    original(engine, *args, **kwargs)
+        validate = getattr(adapter(key), "validate", None)
+        if validate is not None:
+            validate(settings, call.arguments)
+    convert_model(features, call.arguments)
+    original(*call.args, **call.kwargs)
     report(features, engine)
 
 

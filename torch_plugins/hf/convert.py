@@ -14,6 +14,7 @@ Either changes the function: the model is to be trained on.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -54,26 +55,31 @@ class Conversion:
     """For each added one, the parameter it was copied from and is to be treated like."""
 
 
-def convert(
-    model: nn.Module, features: Iterable[Feature] = (), storage: Storage = LOCAL
-) -> Conversion:
+def convert(model: Any, features: Iterable[Feature] = (), storage: Storage = LOCAL) -> Conversion:
     """Make ``model`` a :class:`PluginDecoderForCausalLM` with ``features``, in place.
 
     A feature replaces what the model's own configuration says of it. A decoder that computes what
-    is asked for already is left alone.
+    is asked for already is left alone, whatever wraps its modules meanwhile.
 
     Raises:
         ConfigError: the decoder cannot express the model, or its consumers of Cross-Layer Attention
             would need keys and values that it does not have. Nothing is changed then.
     """
-    config = decoder_config(model)
-    stock = _function(config)
-    _check_weights(model, _skeleton(config), storage)
-    for feature in features:
-        setattr(config, feature.key(), feature.to_dict())
-    if _function(config) == stock and isinstance(model, PluginDecoderForCausalLM):
+    sections = {feature.key(): feature.to_dict() for feature in features}
+    if isinstance(model, PluginDecoderForCausalLM) and _has(model.config, sections):
         return Conversion(model.config)
-    _check_sharing(model, config, stock)
+    config = decoder_config(model)
+    _check_weights(model, _skeleton(config), storage)
+    stock = _sharing(config)
+    for key, section in sections.items():
+        setattr(config, key, section)
+    unshared = tuple(range(config.num_hidden_layers)), False
+    if stock not in (unshared, _sharing(config)):
+        raise ConfigError(
+            f"the model has {CrossLayerAttention.key()} {model.config.cross_layer_attention} and "
+            f"cannot be given {config.cross_layer_attention}: its consumers have no keys and "
+            "values of their own; convert the model that it was made from"
+        )
     skeleton = _skeleton(config)
     config._attn_implementation = model.config._attn_implementation
     old = dict(model.named_parameters())
@@ -88,9 +94,16 @@ def convert(
     )
 
 
-def _function(config: PluginDecoderConfig) -> tuple[Any, ...]:
-    """What the features make of the configuration's model."""
-    return config.ladder_layers, config.kv_producers, config.separate_kv_norm
+def _has(config: PluginDecoderConfig, sections: dict[str, Any]) -> bool:
+    """Whether ``sections`` would leave the function of the configuration's model as it is."""
+    other = copy.copy(config)
+    for key, section in sections.items():
+        setattr(other, key, section)
+    return (config.ladder_layers, _sharing(config)) == (other.ladder_layers, _sharing(other))
+
+
+def _sharing(config: PluginDecoderConfig) -> tuple[tuple[int, ...], bool]:
+    return config.kv_producers, config.separate_kv_norm
 
 
 def _skeleton(config: PluginDecoderConfig) -> PluginDecoderForCausalLM:
@@ -111,16 +124,6 @@ def _check_weights(model: nn.Module, skeleton: nn.Module, storage: Storage) -> N
     if wrong:
         found = [f"{name} {have.get(name)}, expected {want.get(name)}" for name in wrong]
         raise ConfigError(f"weights do not fit the model's configuration: {'; '.join(found[:4])}")
-
-
-def _check_sharing(model: Any, config: PluginDecoderConfig, stock: tuple[Any, ...]) -> None:
-    unshared = tuple(range(config.num_hidden_layers)), False
-    if stock[1:] not in (unshared, _function(config)[1:]):
-        raise ConfigError(
-            f"the model has {CrossLayerAttention.key()} {model.config.cross_layer_attention} and "
-            f"cannot be given {config.cross_layer_attention}: its consumers have no keys and "
-            "values of their own; convert the model that it was made from"
-        )
 
 
 def _become(module: nn.Module, skeleton: nn.Module) -> None:

@@ -55,7 +55,7 @@ ROPE_TYPES = ("default", "linear", "llama3")
 PLAIN_MODULES = ("torch.nn.modules.", "transformers.activations")
 
 
-def decoder_config(model: nn.Module) -> PluginDecoderConfig:
+def decoder_config(model: Any) -> PluginDecoderConfig:
     """The decoder's configuration with the function of a stock model, or a copy of its own.
 
     Fields that no family declares, such as notes of the user, are carried over.
@@ -81,7 +81,7 @@ def decoder_config(model: nn.Module) -> PluginDecoderConfig:
     return result
 
 
-def family_of(model: nn.Module) -> str:
+def family_of(model: Any) -> str:
     """``model_type`` of a causal language model that is transformers' own class of a family, or the
     decoder, be it of this package or of a folder's remote code.
 
@@ -90,8 +90,9 @@ def family_of(model: nn.Module) -> str:
     """
     kind = type(model)
     family = getattr(getattr(model, "config", None), "model_type", None)
-    if family in FAMILIES and kind.__name__.lower() == f"{family}forcausallm":
-        if kind.__module__ == _module(family):
+    if family in FAMILIES:
+        own = (_module(family), f"{family}forcausallm")
+        if (kind.__module__, kind.__name__.lower()) == own:
             return family
     if family == PluginDecoderConfig.model_type and kind.__name__ == "PluginDecoderForCausalLM":
         return family
