@@ -15,6 +15,10 @@ from torch_plugins.config import ConfigError
         ({"ladder_residual": {"layers": "9"}}, "layers 0 to 3"),
         ({"ladder_residual": True}, "ladder_residual True: use a dict"),
         ({"ladder_residuals": {"layers": "all"}}, "did you mean 'ladder_residual'"),
+        ({"cross_layer_attention": {"factor": 2}}, "unknown key 'factor'"),
+        ({"cross_layer_attention": {"sharing_factor": 5}}, "the model has 4 layers"),
+        ({"cross_layer_attention": {"pattern": "0,0,1,1"}}, "layer 2 must be its own producer"),
+        ({"cross_layer_attentoin": {}}, "did you mean 'cross_layer_attention'"),
         ({"normalization": "RMSNorm"}, "normalization 'RMSNorm'"),
         ({"position_embedding_type": "alibi"}, "position_embedding_type 'alibi'"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
@@ -39,6 +43,8 @@ def test_override_at_load_is_validated(make_config, make_model, tmp_path):
 def test_round_trip(make_config, tmp_path):
     config = make_config(
         ladder_residual={"layers": "1-2"},
+        cross_layer_attention={"pattern": "0,1,1,3", "kv_norm": "separate"},
+        qk_norm=True,
         head_dim=12,
         rope_parameters={"rope_theta": 5.0, "partial_rotary_factor": 0.5},
         attention_bias=True,
@@ -51,6 +57,8 @@ def test_round_trip(make_config, tmp_path):
     assert again.to_diff_dict() == config.to_diff_dict()
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["ladder_residual"] == {"layers": "1-2"}
+    assert written["cross_layer_attention"] == {"pattern": "0,1,1,3", "kv_norm": "separate"}
+    assert again.kv_producers == (0, 1, 1, 3)
     assert written["model_type"] == "plugin_decoder"
     assert set(written["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 
@@ -59,6 +67,8 @@ def test_pipeline_plan_only_where_one_tensor_is_the_state(make_config):
     assert make_config().base_model_pp_plan is not None
     assert make_config(ladder_residual={"layers": "none"}).base_model_pp_plan is not None
     assert make_config(ladder_residual={"layers": "last:1"}).base_model_pp_plan is None
+    assert make_config(cross_layer_attention={"sharing_factor": 2}).base_model_pp_plan is None
+    assert make_config(cross_layer_attention={"sharing_factor": 1}).base_model_pp_plan is not None
     assert make_config(embedding_multiplier=2.0).base_model_pp_plan is None
     assert make_config(position_embedding_type="learned_absolute").base_model_pp_plan is None
 

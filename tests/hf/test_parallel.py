@@ -30,7 +30,7 @@ def load(name, **parallel):
     config, _, mesh = model.prepare_distribute_model(DistributedConfig(**parallel))
     return model.maybe_distribute_model(model, config, mesh)
 
-for name in ("ladder", "gpt"):
+for name in ("ladder", "gpt", "cla"):
     model = load(name, tp_size=2)
     weights = dict(model.named_parameters())
     assert weights["model.layers.0.self_attn.q_proj.weight"].to_local().shape[0] == 12
@@ -54,6 +54,12 @@ GPT = {
     "mlp_bias": True,
     "position_embedding_type": "learned_absolute",
     "ladder_residual": {"layers": "last:2"},
+}
+
+CLA = {
+    "cross_layer_attention": {"sharing_factor": 3, "kv_norm": "separate"},
+    "qk_norm": True,
+    "ladder_residual": {"layers": "1-2"},
 }
 
 
@@ -85,11 +91,12 @@ def test_two_processes_equal_one(run_worker, make_model, tokens):
     models = {
         "ladder": make_model(ladder_residual={"layers": "all"}),
         "gpt": make_model(**GPT),
+        "cla": make_model(**CLA),
         "dense": make_model(),
     }
     out = run_worker(models, tokens())
     close = {"rtol": 1e-4, "atol": 1e-5}
-    for name in ("ladder", "gpt"):
+    for name in ("ladder", "gpt", "cla"):
         result = models[name](tokens(), labels=tokens())
         result.loss.backward()
         torch.testing.assert_close(out[f"{name}.logits"], result.logits, **close)

@@ -81,7 +81,13 @@ def load_without_our_packages(tmp_path):
 
 
 def test_loads_without_our_packages(make_model, tokens, tmp_path, load_without_our_packages):
-    model = make_model(ladder_residual={"layers": "1-2"}, attention_bias=True)
+    cla = {"sharing_factor": 3, "kv_norm": "separate"}
+    model = make_model(
+        ladder_residual={"layers": "1-2"},
+        cross_layer_attention=cla,
+        qk_norm=True,
+        attention_bias=True,
+    )
     folder = tmp_path / "model-1.0"
     model.save_pretrained(folder)
     facts, out = load_without_our_packages(folder, tokens())
