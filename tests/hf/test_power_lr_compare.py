@@ -1,0 +1,123 @@
+"""The Power LR experiment: its arms, its data, its bookkeeping, and a small run of it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "power_lr"
+
+
+@pytest.fixture(autouse=True)
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+
+
+def test_arms():
+    """One warm-up, one end; only Power's rate knows the batch size, and not the horizon."""
+    from compare_settings import ARMS, FULL, Run
+
+    assert FULL.cells == [(163_840, 4), (163_840, 16), (655_360, 4), (655_360, 16)]
+    assert [FULL.label(cell) for cell in FULL.cells] == ["T, B", "T, 4B", "4T, B", "4T, 4B"]
+    assert len({len(FULL.grid(arm)) for arm in ARMS}) == 1
+
+    def rates(arm, cell):
+        tokens = torch.arange(0, cell[0] + 1, 4096)
+        value = FULL.grid(arm)[1]
+        return Run(arm, value, *cell, 1).schedule(FULL).rate(tokens, cell[1] * 128)
+
+    for arm in ARMS:
+        curves = [rates(arm, cell) for cell in FULL.cells]
+        assert all(curve[0] == curve[-1] == 0 for curve in curves)
+        assert all(curve[:6].argmax() == curve.argmax() == 4 for curve in curves)  # T / 10
+        batch_ratio, horizon_ratio = curves[1][20] / curves[0][20], curves[2][20] / curves[0][20]
+        assert (batch_ratio > 1) == (arm == "power")
+        assert (horizon_ratio == 1) == (arm != "cosine")
+
+
+def test_a_seed_has_one_order_of_the_data():
+    from compare_settings import Run
+    from compare_training import batches
+
+    data = torch.arange(600).view(100, 6)
+
+    def seen(tokens, batch_size, seed=1):
+        return torch.cat(list(batches(data, Run("power", 4, tokens, batch_size, seed))))
+
+    short = seen(120, 2)
+    assert len(short) == 20
+    assert torch.equal(short, seen(120, 4))
+    assert torch.equal(short, seen(480, 4)[:20])
+    assert not torch.equal(short, seen(120, 2, seed=2))
+
+
+def test_sequences_are_the_corpus(tmp_path):
+    from compare_training import sequences
+
+    path = tmp_path / "train.bin"
+    torch.arange(60_000, 60_011).to(torch.uint16).numpy().tofile(path)
+    assert sequences(path, 4).tolist() == [[*range(60_000, 60_004)], [*range(60_004, 60_008)]]
+
+
+def test_scheduler_follows_the_arm():
+    from compare_settings import ARMS, QUICK, Run
+    from compare_training import build_scheduler
+
+    for arm in ARMS:
+        run = Run(arm, QUICK.grid(arm)[0], 4096, 2, 1)
+        schedule = run.schedule(QUICK)
+        weight = torch.nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([weight], lr=schedule.max_lr)
+        scheduler = build_scheduler(optimizer, run, QUICK)
+        for step in range(64):
+            assert scheduler.get_last_lr() == [float(schedule.rate(step * 64, 64))]
+            optimizer.step()
+            scheduler.step()
+        assert scheduler.get_last_lr() == [0]
+
+
+def test_choice_and_resume(tmp_path):
+    from compare_results import Results
+    from compare_settings import ARMS, QUICK, Run
+    from compare_training import Outcome
+
+    settings = replace(QUICK, seeds=(1, 2), amplitudes=(4, 8, 16), peaks=(0.1, 0.2, 0.3))
+    path, identity = tmp_path / "results.json", {"corpus": "x", "seeds": (1, 2)}
+    results = Results(path, identity, resume=True)
+    # By the mean of the seeds, the middle is best for Power, and the last for the others.
+    grid_losses = {"power": [(3, 1), (1, 2), (9, float("inf"))]}
+    for arm in ARMS:
+        pairs = grid_losses.get(arm, [(3, 3), (2, 2), (1, 1)])
+        for value, losses in zip(settings.grid(arm), pairs, strict=True):
+            for seed, loss in zip(settings.seeds, losses, strict=True):
+                results.add(Run(arm, value, *settings.cells[0], seed), Outcome(loss, 0.5))
+    assert [results.best(arm, settings) for arm in ARMS] == [8, 0.3, 0.3]
+    assert results.at_the_edge(settings) == ["cosine", "WSD"]
+    assert results.seconds == 9
+
+    assert Results(path, identity, resume=True).outcomes == results.outcomes
+    assert Results(path, identity, resume=False).outcomes == {}
+    assert Results(path, {**identity, "corpus": "y"}, resume=True).outcomes == {}
+
+
+def test_small_run(tmp_path):
+    """``compare.py --quick``: every step with a toy model."""
+    command = [sys.executable, str(EXAMPLE / "compare.py"), "--quick", "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "Tuning at T, B" in result.stdout
+    assert "power - WSD" in result.stdout
+
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert len(runs) == 3 * (2 + 3)
+    losses = {tuple(r["run"].values()): r["outcome"]["loss"] for r in runs}
+    assert len(losses) == len(set(losses.values())) == len(runs)
+    assert all(2 < loss < 5.9 for loss in losses.values())  # ln(384) is 5.95
+    best = min((loss, arm, value) for (arm, value, *_), loss in losses.items())
+    short = losses[(*best[1:], 4096, 2, 1)]
+    assert losses[(*best[1:], 16_384, 2, 1)] < short - 0.2
