@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3 $$HOME/.pyenv/versions/
 RUN     = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 
-.PHONY: env transformer-engine test-matrix matrix-checkout demo bench-ladder test check format clean
+.PHONY: env transformer-engine test-matrix matrix-checkout demo bench-ladder compare-power-lr test check format clean
 
 env: $(STAMP)
 
@@ -22,6 +22,9 @@ demo: env
 
 bench-ladder: env
 	$(RUN) examples/ladder_residual/bench/overlap.py $(ARGS)
+
+compare-power-lr: env
+	$(RUN) examples/power_lr/compare.py $(ARGS)
 
 check: env
 	$(RUN) -m ruff check .

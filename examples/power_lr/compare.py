@@ -170,7 +170,12 @@ def main() -> None:
     if arguments.seeds:
         settings = replace(settings, seeds=tuple(arguments.seeds))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers end too
-    compare(settings, output, arguments.resume, arguments.workers, Console(soft_wrap=True))
+    console = Console(soft_wrap=True)
+    try:
+        compare(settings, output, arguments.resume, arguments.workers, console)
+    except RuntimeError as error:
+        console.print(f"[red]{error}[/red]", highlight=False)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,10 @@ class Results:
     def add(self, run: Run, outcome: Outcome) -> None:
         self.outcomes[run] = outcome
         runs = [{"run": asdict(r), "outcome": asdict(o)} for r, o in self.outcomes.items()]
-        self.path.write_text(json.dumps({"identity": self.identity, "runs": runs}, indent=1) + "\n")
+        text = json.dumps({"identity": self.identity, "runs": runs}, indent=1)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(text + "\n")
+        partial.replace(self.path)  # at once: an interrupted comparison can be resumed
 
     def losses(
         self, arm: str, value: float, cell: tuple[int, int], settings: Settings
