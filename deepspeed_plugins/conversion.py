@@ -67,6 +67,11 @@ def applies(config: Any, optimizer: Any) -> bool:
     return trained or apply_to(config._param_dict) == "all"
 
 
+def layers_of(model: Any) -> int | None:
+    """Layers of a model of transformers; None of another."""
+    return getattr(getattr(model, "config", None), "num_hidden_layers", None)
+
+
 def check(features: Mapping[str, Feature], config: Any, model: Any) -> None:
     """Refuse what the converted model does not go with.
 

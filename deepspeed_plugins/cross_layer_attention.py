@@ -12,13 +12,16 @@ from torch_plugins.config import CrossLayerAttention
 
 
 def describe(settings: CrossLayerAttention, engine: Any) -> str:
-    """``"keys and values in 2 of 4 layers"``.
+    """``"2 of 4 layers share keys and values (producers 0, 2)"``.
 
     Raises:
         ConfigError: the engine's model shares otherwise.
     """
 
     def active(layers: int) -> str:
-        return f"keys and values in {len(set(settings.resolve(layers)))} of {layers} layers"
+        producers = sorted(set(settings.resolve(layers)))
+        line = f"{layers - len(producers)} of {layers} layers share keys and values "
+        line += f"(producers {', '.join(map(str, producers))})"
+        return line + (", kv norm of their own" if settings.kv_norm == "separate" else "")
 
     return conversion.describe(settings, engine, active)

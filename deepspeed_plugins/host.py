@@ -44,6 +44,10 @@ def build_engine(original: Callable[..., Any], engine: Any, *args: Any, **kwargs
 def report(features: Mapping[str, Any], engine: Any) -> None:
     """Print what each feature says of itself."""
     names = {key: available()[key].name for key in features}
-    lines = [f"{names[key]}: {adapter(key).describe(features[key], engine)}" for key in features]
-    if lines and (not dist.is_initialized() or dist.get_rank() == 0):
-        print("\n".join(lines), flush=True)
+    for key in features:
+        print_rank_0(f"{names[key]}: {adapter(key).describe(features[key], engine)}")
+
+
+def print_rank_0(line: str) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(line, flush=True)
