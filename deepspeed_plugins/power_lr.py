@@ -87,7 +87,8 @@ def unwrapped(optimizer: Any) -> Optimizer:
 def register(lr_schedules: ModuleType) -> None:
     """Make the class one of DeepSpeed's schedulers; called once their module is imported."""
     setattr(lr_schedules, TYPE, PowerLR)
-    lr_schedules.VALID_LR_SCHEDULES.append(TYPE)
+    if TYPE not in lr_schedules.VALID_LR_SCHEDULES:
+        lr_schedules.VALID_LR_SCHEDULES.append(TYPE)
 
 
 def from_engine(original: Callable[..., Any], engine: Any, optimizer: Any) -> Any:
@@ -130,8 +131,9 @@ def validate(params: Mapping[str, Any], engine_arguments: Mapping[str, Any]) -> 
     settings.check(engine_arguments["config_class"].train_batch_size)
     client = engine_arguments.get("lr_scheduler")
     if client is not None:
+        name = getattr(client, "__name__", type(client).__name__)
         raise ConfigError(
-            f'"scheduler" is {TYPE}, but the script passes {type(client).__name__} to '
+            f'"scheduler" is {TYPE}, but the script passes {name} to '
             "deepspeed.initialize, which DeepSpeed would use in its place: drop one of them"
         )
 
