@@ -70,11 +70,6 @@ REFUSED: tuple[Refusal, ...] = (
         "its kernel rotates and writes keys in every layer; the other engines share the cache",
     ),
     Refusal(
-        "--use-flashinfer-fused-rope",
-        _on("use_flashinfer_fused_rope"),
-        "it rotates queries and keys together, and a consumer has queries only",
-    ),
-    Refusal(
         "--transformer-impl inference_optimized",
         lambda args: getattr(args, "transformer_impl", None) == "inference_optimized",
         "its layers fuse the norm of the next linear_qkv, which a consumer builds in its own way",

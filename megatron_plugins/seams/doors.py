@@ -34,6 +34,15 @@ def checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return carry.through_checkpoint(original, *args, **kwargs)
 
 
+def count(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) -> Any:
+    """What the training log counts, parameters or operations, of layers without keys and values."""
+    if not getattr(args, "cross_layer_attention", False):
+        return original(args, *rest, **kwargs)
+    from megatron_plugins.cross_layer_attention import accounting
+
+    return accounting.with_mean_groups(original, args, *rest, **kwargs)
+
+
 def megatron_args() -> Any:
     """Megatron's global arguments; None outside its training loop, as when used as a library."""
     module = sys.modules.get("megatron.training.global_vars")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,41 +95,93 @@ def test_static_caches_are_those_of_producers(cases: dict[str, Any], name: str) 
     assert case["bytes"] * WORLD == per_token * BATCH * SEQUENCE
 
 
-CLA = ("--cla-sharing-factor", 2)
+MQA = (
+    *("--swiglu", "--normalization", "RMSNorm", "--position-embedding-type", "rope"),
+    *("--disable-bias-linear", "--untie-embeddings-and-output-weights"),
+    *("--group-query-attention", "--num-query-groups", 1),
+    *("--num-layers", 8, "--init-method-std", 0.2),  # large enough for sharing to show
+)
+CLA = (*MQA, "--cla-sharing-factor", 2)
+ALL = (*MQA, "--cla-pattern", "0,1,1,1,4,4,6,6", "--cla-kv-norm", "separate", "--ladder-residual")
+"""Uneven groups, a norm of their own, and the ladder."""
 TP2 = ("--tensor-model-parallel-size", 2)
 PP2 = ("--pipeline-model-parallel-size", 2)
 SP = (*TP2, "--sequence-parallel")
-LLAMA = (
-    "--swiglu",
-    "--normalization",
-    "RMSNorm",
-    "--position-embedding-type",
-    "rope",
-    "--disable-bias-linear",
-    "--untie-embeddings-and-output-weights",
+VPP = (*PP2, "--num-layers-per-virtual-pipeline-stage", 2)
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform")
+ONE = (*FULL, "--recompute-num-layers", 1)
+
+
+@dataclass
+class Trained:
+    """Six iterations in one process, and where the third was saved."""
+
+    run: Run
+    folder: Path
+    flags: tuple[object, ...]
+
+    def resumed(self, *flags: object, processes: int = 1) -> Run:
+        return train(
+            *self.flags, "--load", self.folder, "--ckpt-step", 3, *flags, processes=processes
+        )
+
+
+def trained(folder: Path, *flags: object) -> Trained:
+    return Trained(train(*flags, "--save", folder, "--save-interval", 3), folder, flags)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return trained(tmp_path_factory.mktemp("shared"), *CLA)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return trained(tmp_path_factory.mktemp("everything"), *ALL)
+
+
+def assert_continues(resumed: Run, expected: Run, tolerance: float = 2e-5) -> None:
+    """Iterations 4 to 6 are those of the straight run. Megatron keeps the loss of a resumed
+    iteration in its first average: the third is compared."""
+    assert set(resumed.losses) == {4, 5, 6}
+    assert resumed.losses[6] == pytest.approx(expected.losses[6], rel=tolerance)
+    norms = {iteration: expected.grad_norms[iteration] for iteration in (4, 5, 6)}
+    assert resumed.grad_norms == pytest.approx(norms, rel=20 * tolerance)
+
+
+def test_activity_line(shared: Trained, everything: Trained) -> None:
+    lines = shared.run.output.splitlines() + everything.run.output.splitlines()
+    prefix = "cross-layer-attention: 4 of 8 layers share keys and values (producers"
+    assert f"{prefix} 0, 2, 4, 6)" in lines
+    assert f"{prefix} 0, 1, 4, 6), kv norm of their own" in lines
+    assert "ladder-residual: 8 of 8 layers" in lines
+
+
+def test_resume_is_exact(shared: Trained) -> None:
+    assert_continues(shared.resumed(), shared.run, tolerance=0)
+
+
+@pytest.mark.parametrize(
+    "flags", [SP, (*VPP, *ONE)], ids=["sequence parallel", "virtual pipeline, recompute"]
 )
-BIG = ("--init-method-std", 0.2)  # weights large enough for sharing to show
-MQA = (*LLAMA, *BIG, "--group-query-attention", "--num-query-groups", 1)
+def test_parallel_layouts_continue_from_one_checkpoint(
+    shared: Trained, flags: tuple[object, ...]
+) -> None:
+    """One head of keys and values on two ranks, resharded; stages of one group each."""
+    assert_continues(shared.resumed(*flags, processes=2), shared.run)
 
 
-def assert_same(run: Run, expected: Run, tolerance: float = 2e-5) -> None:
-    assert run.losses == pytest.approx(expected.losses, rel=tolerance)
-    assert run.grad_norms == pytest.approx(expected.grad_norms, rel=20 * tolerance)
+@pytest.mark.parametrize(
+    "flags", [(*SP, *ONE), (*PP2, *ONE)], ids=["sequence parallel", "pipeline"]
+)
+def test_with_the_ladder_and_a_norm_of_their_own(
+    everything: Trained, flags: tuple[object, ...]
+) -> None:
+    assert_continues(everything.resumed(*flags, processes=2), everything.run)
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with the ladder and a separate norm, from which every run below starts."""
-    folder = tmp_path_factory.mktemp("cla")
-    train(*MQA, *CLA, "--save", folder, "--exit-interval", 1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def straight(saved: Path) -> Run:
-    return train(*MQA, *CLA, "--load", saved, "--finetune")
-
-
-def test_activity_line(straight: Run) -> None:
-    line = "cross-layer-attention: 2 of 4 layers share keys and values (producers 0, 2)"
-    assert line in straight.output.splitlines()
+def test_data_parallel_with_distributed_optimizer(shared: Trained) -> None:
+    flags = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+    run = shared.resumed(*flags, "--no-load-optim", "--bf16", processes=2)
+    assert run.losses[4] == pytest.approx(shared.run.losses[4], rel=5e-3)
+    assert set(run.losses) == {4, 5, 6}
