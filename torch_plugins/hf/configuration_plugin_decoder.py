@@ -206,7 +206,11 @@ class PluginDecoderConfig(PretrainedConfig):
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:
-        """What transformers' caches ask of a configuration: ``reuse`` layers store nothing."""
+        """What transformers' caches ask of a configuration: ``reuse`` layers store nothing.
+
+        Before transformers 5.23 they do not ask. A consumer's entry then stays empty all the same,
+        but offloaded, cropped (assisted decoding) and early-initialized caches fail or fill it.
+        """
         producers = self.kv_producers
         return [None if layer == producer else "reuse" for layer, producer in enumerate(producers)]
 
