@@ -49,8 +49,7 @@ REFUSED: tuple[Refusal, ...] = (
     Refusal("--linear-attention-freq", _set("linear_attention_freq"), "softmax attention only"),
     Refusal("--softmax-type", _other("softmax_type", "vanilla", None), "no attention sinks"),
     Refusal("--attention-output-gate", _set("attention_output_gate"), "no output gate"),
-    Refusal("--qk-layernorm", _set("qk_layernorm"), "queries and keys are not normalized"),
-    Refusal("--qk-l2-norm", _set("qk_l2_norm"), "queries and keys are not normalized"),
+    Refusal("--qk-l2-norm", _set("qk_l2_norm"), "norms of queries and keys have weights"),
     Refusal("--window-size", _set("window_size"), "no sliding window"),
     Refusal("--no-rope-freq", _set("no_rope_freq"), "RoPE in all layers or in none"),
     Refusal(
@@ -132,6 +131,7 @@ def decoder_config(args: Namespace, vocab_size: int, dtype: str) -> PluginDecode
             norm_eps=args.layernorm_epsilon,
             attention_bias=args.add_bias_linear or args.add_qkv_bias,
             attention_output_bias=args.add_bias_linear,
+            qk_norm=args.qk_layernorm,
             mlp_bias=args.add_bias_linear,
             position_embedding_type=args.position_embedding_type,
             max_position_embeddings=args.max_position_embeddings,

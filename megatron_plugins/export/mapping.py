@@ -30,6 +30,7 @@ OPTIMIZER = ("optimizer.", "chained_", "opt_param_scheduler")
 
 UNFUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "self_attention.linear_kv.layer_norm_": "self_attention.kv_norm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 """Where a spec without sharded_state_dict_keys_map keeps the norms."""
@@ -48,19 +49,24 @@ class Rule:
     convert: Convert
 
 
-def split_qkv(config: PluginDecoderConfig, interleaved: bool) -> Convert:
-    """``[K * (G + 2) * P, ...]``, each group its G queries, then key, then value -> q, k, v."""
+def split_heads(
+    config: PluginDecoderConfig, interleaved: bool, queries: bool = True, keys: bool = True
+) -> Convert:
+    """``[K * (G + 2) * P, ...]``, each group its G queries, then key, then value -> q, k, v; or the
+    queries alone, or key and value alone."""
     groups, head = config.num_key_value_heads, config.head_dim
-    per_group = config.num_attention_heads // groups
+    per_group = config.num_attention_heads // groups if queries else 0
     order = rotation_order(config) if interleaved else None
 
     def convert(tensor: Tensor) -> tuple[Tensor, ...]:
         rest = tensor.shape[1:]
-        heads = tensor.view(groups, per_group + 2, head, *rest)
-        q, k, v = heads[:, :-2], heads[:, -2:-1], heads[:, -1:]
+        heads = tensor.view(groups, -1, head, *rest)
+        sizes = [per_group] * queries + [1, 1] * keys
+        parts = list(heads.split(sizes, dim=1))
         if order is not None:
-            q, k = q[:, :, order], k[:, :, order]
-        return tuple(x.reshape(-1, *rest) for x in (q, k, v))
+            turned = queries + keys  # queries and keys; values are last
+            parts[:turned] = [part[:, :, order] for part in parts[:turned]]
+        return tuple(part.reshape(-1, *rest) for part in parts)
 
     return convert
 
@@ -75,17 +81,11 @@ def rotation_order(config: PluginDecoderConfig) -> Tensor:
     return torch.cat((even, even + 1, torch.arange(rotated, config.head_dim)))
 
 
-def _layer_rules(config: PluginDecoderConfig, args: Namespace) -> Iterator[Rule]:
+def _layer_rules(config: PluginDecoderConfig, args: Namespace, layer: int) -> Iterator[Rule]:
     width, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
-    qkv = queries + 2 * config.num_key_value_heads * config.head_dim
-    interleaved = config.position_embedding_type == "rope" and args.rotary_interleaved
-    split = split_qkv(config, interleaved)
-    names = tuple(f"self_attn.{name}_proj" for name in "qkv")
     yield from _norm_rules("self_attention.linear_qkv.layer_norm_", "input_layernorm", config, args)
-    yield from _linear(
-        "self_attention.linear_qkv", names, (qkv, width), config.attention_bias, split
-    )
+    yield from _qkv_rules(config, args, produces=config.kv_producers[layer] == layer)
     yield from _linear(
         "self_attention.linear_proj",
         ("self_attn.o_proj",),
@@ -101,6 +101,32 @@ def _layer_rules(config: PluginDecoderConfig, args: Namespace) -> Iterator[Rule]
     else:
         yield from _linear("mlp.linear_fc1", ("mlp.up_proj",), (inner, width), config.mlp_bias)
     yield from _linear("mlp.linear_fc2", ("mlp.down_proj",), (width, inner), config.mlp_bias)
+
+
+def _qkv_rules(config: PluginDecoderConfig, args: Namespace, produces: bool) -> Iterator[Rule]:
+    """Queries, keys and values: in one linear, or keys and values in one of their own behind their
+    own norm, or none of a consumer."""
+    width, bias = config.hidden_size, config.attention_bias
+    queries = config.num_attention_heads * config.head_dim
+    keys = 2 * config.num_key_value_heads * config.head_dim
+    interleaved = config.position_embedding_type == "rope" and args.rotary_interleaved
+    q, *kv = (f"self_attn.{name}_proj" for name in "qkv")
+    if produces and not config.separate_kv_norm:
+        split, shape = split_heads(config, interleaved), (queries + keys, width)
+        yield from _linear("self_attention.linear_qkv", (q, *kv), shape, bias, split)
+    else:
+        split = split_heads(config, interleaved, keys=False)
+        yield from _linear("self_attention.linear_qkv", (q,), (queries, width), bias, split)
+    if produces and config.separate_kv_norm:
+        norm = "self_attention.linear_kv.layer_norm_"
+        yield from _norm_rules(norm, "self_attn.kv_norm", config, args)
+        split = split_heads(config, interleaved, queries=False)
+        yield from _linear("self_attention.linear_kv", tuple(kv), (keys, width), bias, split)
+    if config.qk_norm:
+        order = rotation_order(config) if interleaved else slice(None)
+        for name in "qk" if produces else "q":
+            source, target = f"self_attention.{name}_layernorm.", f"self_attn.{name}_norm"
+            yield from _norm_rules(source, target, config, args, config.head_dim, order)
 
 
 def _keep(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -122,14 +148,22 @@ def _linear(
 
 
 def _norm_rules(
-    source: str, target: str, config: PluginDecoderConfig, args: Namespace
+    source: str,
+    target: str,
+    config: PluginDecoderConfig,
+    args: Namespace,
+    size: int | None = None,
+    order: Tensor | slice = slice(None),
 ) -> Iterator[Rule]:
-    shape = (config.hidden_size,)
+    """A norm over ``size`` features, by default the hidden size, taken in another ``order``."""
+    shape = (size or config.hidden_size,)
     # --apply-layernorm-1p keeps the weight minus one.
-    weight: Convert = (lambda x: (x + 1,)) if args.layernorm_zero_centered_gamma else _keep
+    plus = 1 if args.layernorm_zero_centered_gamma else 0
+    weight: Convert = lambda x: (x[order] + plus if plus else x[order],)  # noqa: E731
     yield Rule(f"{source}weight", (f"{target}.weight",), shape, weight)
     if config.normalization == "layernorm":
-        yield Rule(f"{source}bias", (f"{target}.bias",), shape, _keep)
+        bias: Convert = lambda x: (x[order],)  # noqa: E731
+        yield Rule(f"{source}bias", (f"{target}.bias",), shape, bias)
 
 
 def _model_rules(config: PluginDecoderConfig, args: Namespace) -> Iterator[Rule]:
@@ -198,7 +232,7 @@ class HFTensors(Mapping[str, Tensor]):
         for source, rule in outside.items():
             yield source, None, rule, ""
         for layer in range(config.num_hidden_layers):
-            for rule in _layer_rules(config, args):
+            for rule in _layer_rules(config, args, layer):
                 yield *self._layer_key(rule.source, layer), rule, f"model.layers.{layer}."
         if head is not None:
             yield head.source, None, head, ""

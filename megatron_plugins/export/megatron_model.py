@@ -92,7 +92,9 @@ def build(args: Namespace, padded_vocab_size: int) -> Any:
     config = core_transformer_config_from_args(args)
     return GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization=args.normalization),
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            normalization=args.normalization, qk_layernorm=args.qk_layernorm
+        ),
         vocab_size=padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         parallel_output=False,

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from megatron_plugins.arguments import features_of
+from torch_plugins.config import CrossLayerAttention
+
 from .checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -26,6 +29,10 @@ class ReferenceTensors(Mapping[str, Tensor]):
     ) -> None:
         self.checkpoint, self.args, self.dtype = checkpoint, checkpoint.args, dtype
         self.vocab_size = config.vocab_size
+        sharing = features_of(self.args).get(CrossLayerAttention.key())
+        layers = self.args.num_layers
+        self.producers = sharing.resolve(layers) if sharing else tuple(range(layers))
+        self.separate = sharing is not None and sharing.kv_norm == "separate"
         self.names = {
             "model.embed_tokens.weight": "embedding.word_embeddings.weight",
             "model.embed_positions.weight": "embedding.position_embeddings.weight",
@@ -61,7 +68,12 @@ class ReferenceTensors(Mapping[str, Tensor]):
             return self._layer(index, f"mlp.linear_fc2.{end}")
         if module == "mlp":
             return self._mlp_in(self._layer(index, f"mlp.linear_fc1.{end}"), projection)
-        return self._heads(self._layer(index, f"self_attention.linear_qkv.{end}"), projection[0])
+        if projection == "kv_norm":
+            return self._norm(index, "self_attention.linear_kv", "self_attention.kv_norm", end)
+        if projection.endswith("_norm"):
+            norm = self._layer(index, f"self_attention.{projection[0]}_layernorm.{end}")
+            return norm if norm is None else norm[self._turned()]
+        return self._heads(index, projection[0], end)
 
     def _global(self, key: str) -> Tensor | None:
         return self.checkpoint.read(key) if key in self.checkpoint.tensors else None
@@ -81,25 +93,37 @@ class ReferenceTensors(Mapping[str, Tensor]):
         width = self.args.ffn_hidden_size
         return tensor[:width] if projection == "gate_proj" else tensor[width : 2 * width]
 
-    def _heads(self, tensor: Tensor | None, which: str) -> Tensor | None:
+    def _heads(self, index: int, which: str, end: str) -> Tensor | None:
         """Rows of one of q, k, v, head by head."""
+        consumes = self.producers[index] != index
+        if consumes and which != "q":
+            return None
+        name = "linear_kv" if self.separate and which != "q" else "linear_qkv"
+        tensor = self._layer(index, f"self_attention.{name}.{end}")
         if tensor is None:
             return None
         args = self.args
         heads, head_dim = args.num_attention_heads, args.kv_channels
         groups = args.num_query_groups if args.group_query_attention else heads
-        blocks_per_group = heads // groups + 2
+        per_group = 0 if name == "linear_kv" else heads // groups
+        blocks_per_group = (
+            per_group if consumes or (self.separate and which == "q") else per_group + 2
+        )
         if which == "q":
-            per_group = heads // groups
             blocks = [h // per_group * blocks_per_group + h % per_group for h in range(heads)]
         else:
             last = 2 if which == "k" else 1
             blocks = [(g + 1) * blocks_per_group - last for g in range(groups)]
-        within = list(range(head_dim))
-        if which != "v" and args.position_embedding_type == "rope" and args.rotary_interleaved:
-            turned = int(head_dim * args.rotary_percent)
-            within = [*range(0, turned, 2), *range(1, turned, 2), *range(turned, head_dim)]
+        within = list(range(head_dim)) if which == "v" else self._turned()
         return tensor[[block * head_dim + row for block in blocks for row in within]]
+
+    def _turned(self) -> list[int]:
+        """Features of a query or key head, so that RoPE turns the first half with the second."""
+        args, head_dim = self.args, self.args.kv_channels
+        if args.position_embedding_type != "rope" or not args.rotary_interleaved:
+            return list(range(head_dim))
+        turned = int(head_dim * args.rotary_percent)
+        return [*range(0, turned, 2), *range(1, turned, 2), *range(turned, head_dim)]
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._read(name) is not None

@@ -28,6 +28,7 @@ LLAMA = (
 )
 TP2 = "--tensor-model-parallel-size 2 "
 PP2 = "--pipeline-model-parallel-size 2 "
+MQA = "--group-query-attention --num-query-groups 1 "
 GQA = "--group-query-attention --num-query-groups 2 "
 
 CASES = {
@@ -48,6 +49,13 @@ CASES = {
     "ladder-vpp2": LLAMA + PP2 + "--num-layers-per-virtual-pipeline-stage 1 --ladder-residual",
     "ladder-last2-tp2": TP2 + "--position-embedding-type rope --ladder-residual "
     "--ladder-layers last:2",
+    "cla-ladder-vpp2": LLAMA + PP2 + GQA + "--pipeline-model-parallel-layout Et|t*2|t|L "
+    "--cla-pattern 0,1,1,3 --ladder-residual",
+    "cla-learned-tp2": TP2 + "--cla-sharing-factor 3 --qk-layernorm",
+    "cla-separate-mqa-tp2": LLAMA + TP2 + MQA + "--cla-sharing-factor 2 --cla-kv-norm separate "
+    "--qk-layernorm --rotary-interleaved --rotary-percent 0.5 --add-qkv-bias",
+    "cla-separate-ladder-pp2": PP2 + "--position-embedding-type rope --cla-pattern 0,0,2,2 "
+    "--cla-kv-norm separate --ladder-residual --ladder-layers last:3",
     "ladder-spec-tp2": LLAMA + TP2 + "--spec megatron_plugins.specs ladder_gpt_layer_spec",
 }
 """Name -> flags, on top of ``tests.megatron.harness.TINY``: 4 layers, width 64, 255 tokens."""

@@ -30,6 +30,10 @@ MODEL_TYPES = {
     "numbered-layers-tp2": "llama",
     "ladder-vpp2": "plugin_decoder",
     "ladder-last2-tp2": "plugin_decoder",
+    "cla-ladder-vpp2": "plugin_decoder",
+    "cla-learned-tp2": "plugin_decoder",
+    "cla-separate-mqa-tp2": "plugin_decoder",
+    "cla-separate-ladder-pp2": "plugin_decoder",
     "ladder-spec-tp2": "plugin_decoder",
 }
 
