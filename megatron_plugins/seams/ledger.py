@@ -199,6 +199,22 @@ USED: tuple[Symbol, ...] = (
         relies_on=("self_attn_bda", "mlp_bda", "cross_attention"),
     ),
     Symbol(
+        id="mup-group-keys",
+        targets=("megatron.core.optimizer:optimizer",),
+        feature="power_mup",
+        why="what identifies a parameter group in a checkpoint: in 0.17 and 0.18 not its rate",
+        remove_when="0.18 leaves the window",
+        relies_on=("param_group_identifier_keys",),
+    ),
+    Symbol(
+        id="mup-group-keys-distributed",
+        targets=("megatron.core.optimizer:distrib_optimizer",),
+        feature="power_mup",
+        why="the same for the distributed optimizer, which binds the name",
+        remove_when="0.18 leaves the window",
+        relies_on=("param_group_identifier_keys",),
+    ),
+    Symbol(
         id="row-parallel",
         targets=("megatron.core.tensor_parallel.layers:RowParallelLinear",),
         feature="ladder_residual",
