@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 exported, 1 the export failed its proof, 2 the input cannot be used."""
     args = parser().parse_args(argv)
     from megatron_plugins.export.run import export
-    from megatron_plugins.export.verify import VerificationError
+    from torch_plugins.export.proof import VerificationError
 
     try:
         model_type, verdict = export(**vars(args))

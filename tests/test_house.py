@@ -17,17 +17,15 @@ TEXT = {".py", ".md", ".toml", ".sh", ".yml", ".yaml", ".json", ".txt", ".cfg", 
 MAY_IMPORT = {
     "torch_plugins": {"torch", "torch_plugins"},
     "torch_plugins/hf": {"torch", "torch_plugins", "transformers"},
-    "torch_plugins/vllm": {"torch", "torch_plugins", "vllm"},
-    "megatron_plugins": {"torch", "torch_plugins", "megatron_plugins", "megatron"},
-    "megatron_plugins/export": {
+    "torch_plugins/export": {
         "torch",
         "torch_plugins",
-        "megatron_plugins",
-        "megatron",
         "transformers",
         "safetensors",
         "huggingface_hub",
     },
+    "torch_plugins/vllm": {"torch", "torch_plugins", "vllm"},
+    "megatron_plugins": {"torch", "torch_plugins", "megatron_plugins", "megatron"},
     "deepspeed_plugins": {"torch", "torch_plugins", "deepspeed_plugins", "deepspeed"},
 }
 """Beyond the standard library. The longest prefix of a file's path counts."""

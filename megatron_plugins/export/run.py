@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from torch_plugins.config import ConfigError
+from torch_plugins.export.proof import Verdict, VerificationError
+from torch_plugins.export.writer import check_output, check_shard_size, new_folder, write_model
 
 from .arguments import decoder_config, refuse_inexpressible
 from .checkpoint import Checkpoint, find_iteration
 from .mapping import HFTensors
 from .tokenizer import Tokenizer, vocabulary
-from .verify import Verdict, VerificationError, verify
-from .writer import check_output, check_shard_size, new_folder, write_model
+from .verify import verify
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EMBEDDING = "embedding.word_embeddings.weight"

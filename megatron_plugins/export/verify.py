@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
-import os
 import subprocess
-import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +15,16 @@ import torch
 from torch import Tensor
 
 from torch_plugins import reference
+from torch_plugins.export.proof import (
+    SECONDS,
+    Verdict,
+    folder_logits,
+    last_line,
+    random_ids,
+    run_module,
+    tolerance,
+)
 
-from . import folder_model
 from .checkpoint import Checkpoint
 from .reference_tensors import ReferenceTensors
 
@@ -28,34 +32,6 @@ if TYPE_CHECKING:
     from torch_plugins.hf import PluginDecoderConfig
 
 Say = Callable[[str], None]
-SECONDS = 3600
-"""Upper limit for building a model and one forward pass."""
-
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-class VerificationError(RuntimeError):
-    """The written model does not load, or does not compute what was trained."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Outcome of the comparison, in fp32 on random token ids."""
-
-    against: str
-    difference: float
-    """Largest absolute difference of two logits; NaN when one is not a number."""
-    tolerance: float
-
-    @property
-    def equal(self) -> bool:
-        return self.difference <= self.tolerance
-
-    def __str__(self) -> str:
-        return (
-            f"max abs difference {self.difference:.3g}, tolerance {self.tolerance:.3g}, "
-            f"against {self.against}"
-        )
 
 
 def verify(
@@ -86,41 +62,6 @@ def verify(
     return Verdict(against, difference, tolerance(config, expected))
 
 
-def tolerance(config: PluginDecoderConfig, logits: Tensor) -> float:
-    """``8 eps sqrt(L D) max|logits|``: rounding errors of fp32 add up like a random walk over the
-    layers ``L`` and the terms ``D`` of each sum."""
-    steps = math.sqrt(config.num_hidden_layers * config.hidden_size)
-    return 8 * torch.finfo(torch.float32).eps * steps * logits.abs().max().item()
-
-
-def random_ids(config: PluginDecoderConfig) -> Tensor:
-    """Token ids ``[2, S]``, always the same."""
-    length = min(64, config.max_position_embeddings)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(config.vocab_size, (2, length), generator=generator)
-
-
-def folder_logits(folder: Path, input_ids: Tensor) -> Tensor:
-    """fp32 logits of a folder; one that carries code runs it, in a process without our package's.
-
-    Raises:
-        VerificationError: the folder does not load, or not completely.
-    """
-    if "auto_map" not in json.loads((folder / "config.json").read_text()):
-        try:
-            return folder_model.logits(folder, input_ids)
-        except ValueError as error:
-            raise VerificationError(f"the written folder is not whole: {error}") from error
-    with tempfile.TemporaryDirectory() as place:
-        ids, answer = Path(place) / "ids.pt", Path(place) / "logits.pt"
-        torch.save(input_ids, ids)
-        done = _python("folder_model", folder, ids, answer, HF_MODULES_CACHE=place)
-        if done.returncode:
-            raise VerificationError(f"the written folder does not load: {_last_line(done)}")
-        loaded: Tensor = torch.load(answer, weights_only=True)
-        return loaded
-
-
 def megatron_logits(
     checkpoint: Checkpoint,
     config: PluginDecoderConfig,
@@ -143,7 +84,7 @@ def megatron_logits(
             say(f"Megatron's model did not answer within {SECONDS} s")
             return None, ""
         if done.returncode or not answer.is_file():
-            say(f"Megatron's model does not run here: {_last_line(done)}")
+            say(f"Megatron's model does not run here: {last_line(done)}")
             return None, ""
         result = torch.load(answer, weights_only=True)
         return result["logits"], str(result["against"])
@@ -170,24 +111,7 @@ def megatron_request(
 
 def ask_megatron(*request_files: Path) -> subprocess.CompletedProcess[str]:
     """Run ``megatron_model`` on request files."""
-    return _python("megatron_model", *request_files)
-
-
-def _python(module: str, *arguments: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a module of this package alone, whatever launcher this process runs under."""
-    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    return subprocess.run(
-        [sys.executable, "-m", f"{__package__}.{module}", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env=inherited | environment,
-    )
-
-
-def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"exit status {done.returncode}"
+    return run_module(f"{__package__}.megatron_model", *request_files)
 
 
 def _installed(module: str) -> bool:

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_plugins import export_hf
-from megatron_plugins.export import run, writer
+from megatron_plugins.export import run
 from megatron_plugins.export.run import export
-from megatron_plugins.export.verify import VerificationError
 from torch_plugins.config import ConfigError
+from torch_plugins.export import writer
+from torch_plugins.export.proof import VerificationError
 
 pytestmark = pytest.mark.usefixtures("without_megatron")
 

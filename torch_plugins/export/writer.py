@@ -12,19 +12,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from torch_plugins.config import ConfigError
-
-from .mapping import HFTensors
+from ..config import ConfigError
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from torch_plugins.hf import PluginDecoderConfig
+    from ..hf import PluginDecoderConfig
 
 INDEX = "model.safetensors.index.json"
+
+
+class Weights(Protocol):
+    """Tensors by their Hugging Face name, made one at a time."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __getitem__(self, name: str) -> torch.Tensor: ...
+
+    def meta(self, name: str) -> torch.Tensor:
+        """The tensor without memory."""
+        ...
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -125,7 +135,7 @@ def _terminate_as_exit() -> Iterator[None]:
 def write_model(
     folder: Path,
     config: PluginDecoderConfig,
-    tensors: HFTensors,
+    tensors: Weights,
     tokenizer: Tokenizer,
     max_shard_size: str,
     say: Callable[[str], None],
@@ -137,7 +147,7 @@ def write_model(
     """
     from transformers import GenerationConfig
 
-    from torch_plugins.hf.stock import stock_config
+    from ..hf.stock import stock_config
 
     for name, token_id in tokenizer.special_ids.items():
         setattr(config, name, token_id)
@@ -155,7 +165,7 @@ def write_model(
 
 
 def write_weights(
-    folder: Path, tensors: HFTensors, max_shard_size: str, say: Callable[[str], None]
+    folder: Path, tensors: Weights, max_shard_size: str, say: Callable[[str], None]
 ) -> None:
     """Sharded safetensors and their index; one shard at a time is in memory."""
     from huggingface_hub import split_torch_state_dict_into_shards

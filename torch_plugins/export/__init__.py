@@ -1,0 +1,1 @@
+"""Hugging Face folders that any host exports: written whole or not at all, and proven."""
