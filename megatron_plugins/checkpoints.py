@@ -38,8 +38,17 @@ def compare(
     **kwargs: Any,
 ) -> Any:
     """Wrap of ``_load_base_checkpoint``, through which every load goes; ``rank0`` reads arguments
-    only, before those of this run are known."""
-    result = original(load_dir, args, rank0, *rest, **kwargs)
+    only, before those of this run are known.
+
+    A feature that changes the tensors makes the load itself fail: the reason is told in its place.
+    """
+    try:
+        result = original(load_dir, args, rank0, *rest, **kwargs)
+    except Exception:
+        if not rank0:
+            saved = original(load_dir, args, True)[0] or {}
+            check(args, saved.get("args") or Namespace(), str(load_dir))
+        raise
     state_dict = result[0]
     if state_dict is not None and not rank0:
         check(args, state_dict.get("args") or Namespace(), str(load_dir))
@@ -52,10 +61,17 @@ def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
     A standard checkpoint may become a plugin model, with a message; so may any with ``--finetune``.
 
     Raises:
-        ConfigError: the checkpoint has a feature that this run lacks, or has with other values.
+        ConfigError: the checkpoint has a feature that this run lacks, or has with other values; or
+            this run has one whose tensors the checkpoint lacks.
     """
     run, saved = of_model(args), of_model(saved_args)
     for key in run.keys() - saved.keys():
+        if run[key].changes_tensors:
+            raise ConfigError(
+                f"checkpoint {folder} is a standard one, and {run[key].title} has other tensors. "
+                f"Convert it: python -m megatron_plugins.convert --load {folder} --save NEW "
+                f"{as_flags(run[key], args)}"
+            )
         print_rank_0(
             f"{run[key].name}: standard checkpoint loaded into a {run[key].title} model: "
             f"another function until retrained ({folder})"
@@ -66,6 +82,11 @@ def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
         if mine is None or function(mine, args, layers) != function(theirs, saved_args, layers):
             wanted = as_flags(theirs, saved_args)
             told = f"has {wanted}, this run {as_flags(mine, args) if mine else 'does not'}"
+            if theirs.changes_tensors:
+                raise ConfigError(
+                    f"checkpoint {folder} {told}: it has other tensors. Give {wanted}, or "
+                    "--use-checkpoint-args"
+                )
             if not args.finetune:
                 raise ConfigError(
                     f"checkpoint {folder} {told}: its weights would compute another function. Give "

@@ -73,6 +73,7 @@ class CrossLayerAttention(Feature):
     title: ClassVar[str] = "Cross-Layer Attention"
     paper: ClassVar[str] = "2405.12981"
     implied: ClassVar[bool] = True
+    changes_tensors: ClassVar[bool] = True
 
     sharing_factor: int | None = option(
         None,

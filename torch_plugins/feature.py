@@ -40,6 +40,8 @@ class Feature:
     """Whether any flag of a field turns the feature on, without the enabling flag."""
     changes_model: ClassVar[bool] = True
     """Whether the same weights compute another function without it: checkpoints are compared."""
+    changes_tensors: ClassVar[bool] = False
+    """Whether a model has other tensors with it, so that no checkpoint without it can be loaded."""
     has_section: ClassVar[bool] = True
     """Whether the exported model's ``config.json`` has a section for it."""
 
