@@ -11,11 +11,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from megatron_plugins.export import folder_model, verify
+from megatron_plugins.export import verify
 from megatron_plugins.export.reference_tensors import ReferenceTensors
 from megatron_plugins.export.run import export
 from tests.parity.conftest import CASES, Case
 from torch_plugins import reference
+from torch_plugins.export import folder_model
 
 MODEL_TYPES = {
     "llama-gqa-tp2": "llama",
