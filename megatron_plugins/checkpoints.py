@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_plugins.arguments import features_of, set_features
 from megatron_plugins.features import adapter
@@ -44,7 +45,7 @@ def compare(
     """
     try:
         result = original(load_dir, args, rank0, *rest, **kwargs)
-    except Exception:
+    except (Exception, CheckpointException):  # torch's is no Exception
         if not rank0:
             saved = original(load_dir, args, True)[0] or {}
             check(args, saved.get("args") or Namespace(), str(load_dir))

@@ -101,6 +101,7 @@ class Checkpoint:
     Attributes:
         args: the arguments of the run that saved it.
         tensors: key -> shape of every tensor, optimizer state included.
+        states: keys of everything else, which is pickled and here never unpickled.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -112,6 +113,7 @@ class Checkpoint:
         items = self._metadata.state_dict_metadata
         self._items = {k: v for k, v in items.items() if isinstance(v, TensorStorageMetadata)}
         self.tensors = {key: item.size for key, item in self._items.items()}
+        self.states = [key for key in items if key not in self._items]
         state = self._common_state()
         self.args: Namespace = state["args"]
         self.iteration: Any = state.get("iteration")
@@ -127,15 +129,18 @@ class Checkpoint:
         file = self.folder / COMMON_FILE
         if file.is_file():
             return read_common(file, str(file))
-        if COMMON_ITEM not in self._metadata.state_dict_metadata:
+        if COMMON_ITEM not in self.states:
             raise ConfigError(f"{self.folder}: neither {COMMON_FILE} nor a common state in it")
-        index = MetadataIndex(COMMON_ITEM)
-        one = torch.Size((1,))
-        zero = torch.Size((0,))
+        return read_common(self.read_bytes(COMMON_ITEM), f"common state of {self.folder}")
+
+    def read_bytes(self, key: str) -> io.BytesIO:
+        """One of ``states``, as it is."""
+        index = MetadataIndex(key)
+        one, zero = torch.Size((1,)), torch.Size((0,))
         item = ReadItem(LoadItemType.BYTE_IO, index, zero, index, zero, one)
         planner = _RawPlanner(torch.empty(0))
         self._reader.read_data(LoadPlan([item]), planner)
-        return read_common(planner.bytes, f"common state of {self.folder}")
+        return planner.bytes
 
     def dtype(self, key: str) -> torch.dtype:
         return self._items[key].properties.dtype
