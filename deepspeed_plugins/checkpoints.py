@@ -65,12 +65,13 @@ def compare(
 
 
 def config_of(model: Any) -> dict[str, Any] | None:
-    """``config.json`` of a decoder; None for any other model."""
+    """``config.json`` of a decoder, with the dtype that it is trained in; None for any other
+    model."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) != RECORD:
         return None
     result: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return result
+    return result | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
 
 
 def functions(config: Mapping[str, Any] | None) -> dict[str, Any]:
