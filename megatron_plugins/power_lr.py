@@ -24,7 +24,7 @@ unless ``--override-opt-param-scheduler`` (the flags count) or
 ``--train-iters`` changes no rate, and needs neither; to *add* a last phase give
 ``--override-opt-param-scheduler``, and to extend a run that has ended in one, go back to the
 checkpoint before it. ``--use-checkpoint-args`` restores no option of a scheduler in upstream, hence
-none here.
+none here, and ``--finetune`` begins at n = 0.
 
 Not supported: ``OptimizerParamScheduler`` outside Megatron's training loop, which has no flags.
 """
@@ -68,11 +68,10 @@ class Settings:
 
     def schedule(self, scheduler: Any) -> Schedule:
         """The closed form with the scheduler's values, which a checkpoint may have set."""
-        warmup = scheduler.lr_warmup_steps
         return Schedule(
             self.power,
             max_lr=scheduler.max_lr,
-            warmup_tokens=max(self.tokens(warmup), 0) if warmup else 0,
+            warmup_tokens=max(self.tokens(scheduler.lr_warmup_steps), 0),
             total_tokens=self.tokens(scheduler.lr_decay_steps),
             min_lr=scheduler.min_lr,
             init_lr=scheduler.init_lr,
@@ -191,8 +190,7 @@ def load_state_dict(
         run.power = PowerLR(
             **{name: _check_and_set(scheduler, name, value) for name, value in saved.items()}
         )
-        if not use_theirs:
-            state_dict = _without_horizon(scheduler, state_dict)
+        state_dict = _without_horizon(scheduler, state_dict)
     original(scheduler, state_dict)
 
 
