@@ -15,12 +15,12 @@ ARMS = {"power": "a", "cosine": "peak", "WSD": "peak"}
 class Settings:
     """A small Llama, four cells (two horizons, two batch sizes), and one grid per arm."""
 
-    hidden_size: int = 64
+    hidden_size: int = 32
     layers: int = 2
     heads: int = 4
     vocab_size: int = 1024
     sequence_length: int = 128
-    tokens: int = 163_840
+    tokens: int = 262_144
     """The short horizon T, at which every arm is tuned."""
     batch_size: int = 4
     """The small batch B, in sequences, at which every arm is tuned."""

@@ -21,20 +21,20 @@ def test_arms():
     """One warm-up, one end; only Power's rate knows the batch size, and not the horizon."""
     from compare_settings import ARMS, FULL, Run
 
-    assert FULL.cells == [(163_840, 4), (163_840, 16), (655_360, 4), (655_360, 16)]
+    assert FULL.cells == [(2**18, 4), (2**18, 16), (2**20, 4), (2**20, 16)]
     assert [FULL.label(cell) for cell in FULL.cells] == ["T, B", "T, 4B", "4T, B", "4T, 4B"]
     assert len({len(FULL.grid(arm)) for arm in ARMS}) == 1
 
     def rates(arm, cell):
-        tokens = torch.arange(0, cell[0] + 1, 4096)
+        tokens = torch.tensor([*range(0, cell[0], FULL.warmup_tokens), cell[0]])
         value = FULL.grid(arm)[1]
         return Run(arm, value, *cell, 1).schedule(FULL).rate(tokens, cell[1] * 128)
 
     for arm in ARMS:
         curves = [rates(arm, cell) for cell in FULL.cells]
         assert all(curve[0] == curve[-1] == 0 for curve in curves)
-        assert all(curve[:6].argmax() == curve.argmax() == 4 for curve in curves)  # T / 10
-        batch_ratio, horizon_ratio = curves[1][20] / curves[0][20], curves[2][20] / curves[0][20]
+        assert [int(curve.argmax()) for curve in curves] == [1] * 4
+        batch_ratio, horizon_ratio = curves[1][5] / curves[0][5], curves[2][5] / curves[0][5]
         assert (batch_ratio > 1) == (arm == "power")
         assert (horizon_ratio == 1) == (arm != "cosine")
 
