@@ -43,6 +43,28 @@ def count(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) ->
     return accounting.with_mean_groups(original, args, *rest, **kwargs)
 
 
+def build_context(
+    original: Callable[..., None], context: Any, model_config: Any, *args: Any, **kwargs: Any
+) -> None:
+    """A context of dynamic inference, whose caches layers may share."""
+    if "cross_layer_attention" not in (getattr(model_config, "megatron_plugins", None) or {}):
+        return original(context, model_config, *args, **kwargs)
+    from megatron_plugins.cross_layer_attention import inference
+
+    return inference.build_context(original, context, model_config, *args, **kwargs)
+
+
+def build_engine(original: Callable[..., None], engine: Any, *args: Any, **kwargs: Any) -> None:
+    """The static engine, which must not fall back in silence where layers share caches."""
+    controller: Any = args[0] if args else kwargs["text_generation_controller"]
+    config = controller.inference_wrapped_model.config
+    if "cross_layer_attention" not in (getattr(config, "megatron_plugins", None) or {}):
+        return original(engine, *args, **kwargs)
+    from megatron_plugins.cross_layer_attention import inference
+
+    return inference.build_engine(original, engine, *args, **kwargs)
+
+
 def megatron_args() -> Any:
     """Megatron's global arguments; None outside its training loop, as when used as a library."""
     module = sys.modules.get("megatron.training.global_vars")

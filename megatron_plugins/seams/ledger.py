@@ -76,6 +76,31 @@ HOOKS: tuple[Symbol, ...] = (
         relies_on=("args.num_query_groups", "args.group_query_attention"),
     ),
     Symbol(
+        id="dynamic-context",
+        targets=(
+            "megatron.core.inference.contexts.dynamic_context:DynamicInferenceContext.__init__",
+        ),
+        feature="cross_layer_attention",
+        why="it allocates a cache for every layer",
+        remove_when="a configuration maps layers to caches",
+        handler="megatron_plugins.seams.doors:build_context",
+        relies_on=(
+            "self.num_attention_layers",
+            "self.layer_map",
+            "use_flashinfer_fused_rope",
+            "pg_collection",
+        ),
+    ),
+    Symbol(
+        id="static-engine",
+        targets=("megatron.core.inference.engines.static_engine:StaticInferenceEngine.__init__",),
+        feature="cross_layer_attention",
+        why="it answers a failure of the dynamic engine with a warning and another engine",
+        remove_when="it raises",
+        handler="megatron_plugins.seams.doors:build_engine",
+        relies_on=("Error initializing dynamic engine",),
+    ),
+    Symbol(
         id="activity",
         targets=("megatron.training.training:setup_model_and_optimizer",),
         feature="any",

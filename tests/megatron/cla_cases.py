@@ -1,9 +1,8 @@
 """Layers that share keys and values against the recurrence written out by hand.
 
-Each of the gloo processes runs every case below; rank 0 writes one JSON line a case. The recurrence
-written out calls the norms, projections, core attentions and MLPs of a *stock* model, in which
-every layer projects keys and values; those of consumers are left aside. Logits and all gradients
-must be equal.
+Each of the gloo processes of cla_inference.py runs every case below. The recurrence written out
+calls the norms, projections, core attentions and MLPs of a *stock* model, in which every layer
+projects keys and values; those of consumers are left aside. Logits and all gradients must be equal.
 
 A stands for a tensor of the model that shares, B for one of the reference.
 """
@@ -12,12 +11,16 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from megatron_plugins import cpu
+
+cpu.install()
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.gpt import GPTModel
@@ -26,9 +29,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
-from tests.megatron import ladder_cases  # first: it starts the CPU backend
 from tests.megatron.cla_table import AGAINST_RECURRENCE, RECOMPUTE, RECOMPUTED, STATIC_INFERENCE
 from tests.megatron.ladder_cases import backward, difference, gradients, inputs, run
 from tests.megatron.ladder_table import BATCH, GPT, LAYERS, SEQUENCE, VOCAB, WORLD
@@ -234,23 +235,14 @@ def static_inference(
     }
 
 
-def main(output: str) -> None:
-    ladder_cases.start()
-    cases: dict[str, Callable[[], dict[str, Any]]] = {
+def cases() -> dict[str, Callable[[], dict[str, Any]]]:
+    found: dict[str, Callable[[], dict[str, Any]]] = {
         name: functools.partial(against_recurrence, *case)
         for name, case in AGAINST_RECURRENCE.items()
     }
-    cases |= {
-        f"recomputed {name}": functools.partial(recomputed, *case)
-        for name, case in RECOMPUTED.items()
-    }
-    cases |= {
-        f"static inference {name}": functools.partial(static_inference, *AGAINST_RECURRENCE[name])
-        for name in STATIC_INFERENCE
-    }
-    cases["factor one"] = factor_one
-    ladder_cases.write(output, cases)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    for name, case in RECOMPUTED.items():
+        found[f"recomputed {name}"] = functools.partial(recomputed, *case)
+    for name in STATIC_INFERENCE:
+        case = AGAINST_RECURRENCE[name]
+        found[f"static inference {name}"] = functools.partial(static_inference, *case)
+    return {**found, "factor one": factor_one}

@@ -74,4 +74,5 @@ RECOMPUTED: dict[str, tuple[CrossLayerAttention, str | None, dict[str, Any]]] = 
 """Each under every row of ``RECOMPUTE``, dropout on."""
 
 STATIC_INFERENCE = ("uneven", "mqa-fewer-heads-than-ranks", "learned-positions", "ladder-separate")
+DYNAMIC_INFERENCE = ("pairs", *STATIC_INFERENCE)
 """Rows of ``AGAINST_RECURRENCE`` that also decode."""

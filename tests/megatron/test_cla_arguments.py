@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_plugins.cross_layer_attention import REFUSED, groups, transform
+from megatron_plugins.cross_layer_attention import REFUSED, groups, inference, transform
 from megatron_plugins.refusals import refuse
 from tests.megatron.harness import TINY
 from torch_plugins.config import ConfigError, CrossLayerAttention
@@ -212,3 +212,21 @@ def test_an_attention_of_another_kind_is_refused() -> None:
     latent = [get_gpt_layer_local_spec(multi_latent_attention=True)] * 2
     with pytest.raises(ConfigError, match="layer 0 has an attention of another kind, MLASelf"):
         transform(latent, config, CrossLayerAttention(2), 0)
+
+
+def test_caches_of_a_pipeline_stage() -> None:
+    """Layers 3 to 7 of eight, as a dynamic context counts them: from zero."""
+
+    class Context:
+        num_attention_layers: int
+        layer_map: dict[int, int]
+
+        def allocate(self) -> None:
+            self.num_attention_layers = 5
+            self.layer_map = {i: i for i in range(5)}
+
+    context = inference.shared_context_class(Context)()
+    context.producers, context.first_layer = (0, 0, 0, 3, 3, 5, 6, 6), 3
+    context.allocate()
+    assert context.layer_map == {0: 0, 1: 0, 2: 1, 3: 2, 4: 2}
+    assert context.num_attention_layers == 3

@@ -11,18 +11,19 @@ import pytest
 
 from tests.megatron.cla_table import (
     AGAINST_RECURRENCE,
+    DYNAMIC_INFERENCE,
     RECOMPUTED,
     STATIC_INFERENCE,
 )
 from tests.megatron.harness import Run, launch, train
 from tests.megatron.ladder_table import BATCH, GPT, HIDDEN, LAYERS, SEQUENCE, WORLD
 
-CASES = Path(__file__).with_name("cla_cases.py")
+CASES = Path(__file__).with_name("cla_inference.py")
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Results of cla_cases.py over two tensor-parallel processes."""
+    """Results of cla_cases.py and cla_inference.py over two tensor-parallel processes."""
     output = tmp_path_factory.mktemp("cla") / "cases.jsonl"
     environment = {
         "TORCHDYNAMO_DISABLE": "1",
@@ -82,17 +83,46 @@ def test_static_inference_equals_the_full_forward(cases: dict[str, Any], name: s
     assert case["logits"] <= 1e-6
 
 
-@pytest.mark.parametrize("name", STATIC_INFERENCE)
-def test_static_caches_are_those_of_producers(cases: dict[str, Any], name: str) -> None:
-    """2 * producers * heads * head size * 4 bytes per token, in all processes together."""
+def bytes_per_token(name: str) -> int:
+    """2 (keys and values) * producers * heads * head size * 4, of all processes together."""
     feature, _, options = AGAINST_RECURRENCE[name]
-    producers = sorted(set(feature.resolve(LAYERS)))
-    case = cases[f"static inference {name}"]
-    assert case["layers"] == [producer + 1 for producer in producers]
     heads = max({**GPT, **options}["num_query_groups"], WORLD)  # a rank has one head at least
     head_size = HIDDEN // GPT["num_attention_heads"]
-    per_token = 2 * len(producers) * heads * head_size * 4
-    assert case["bytes"] * WORLD == per_token * BATCH * SEQUENCE
+    return 2 * len(set(feature.resolve(LAYERS))) * heads * head_size * 4
+
+
+@pytest.mark.parametrize("name", STATIC_INFERENCE)
+def test_static_caches_are_those_of_producers(cases: dict[str, Any], name: str) -> None:
+    case = cases[f"static inference {name}"]
+    producers = sorted(set(AGAINST_RECURRENCE[name][0].resolve(LAYERS)))
+    assert case["layers"] == [producer + 1 for producer in producers]
+    assert case["bytes"] * WORLD == bytes_per_token(name) * BATCH * SEQUENCE
+
+
+@pytest.mark.parametrize("name", ["standard", *DYNAMIC_INFERENCE])
+def test_dynamic_inference_equals_the_full_forward(cases: dict[str, Any], name: str) -> None:
+    case = cases[f"dynamic inference {name}"]
+    assert case["logits"] <= 1e-6
+    assert case["steps"] == 8
+
+
+@pytest.mark.parametrize("name", DYNAMIC_INFERENCE)
+def test_dynamic_caches_are_those_of_producers(cases: dict[str, Any], name: str) -> None:
+    """So as many more blocks of tokens fit into the same buffer."""
+    case, standard = cases[f"dynamic inference {name}"], cases["dynamic inference standard"]
+    assert case["bytes per token"] * WORLD == bytes_per_token(name)
+    producers = len(set(AGAINST_RECURRENCE[name][0].resolve(LAYERS)))
+    assert case["block bytes"] * LAYERS == standard["block bytes"] * producers
+    assert case["blocks"] * producers == standard["blocks"] * LAYERS
+
+
+def test_the_static_engine_does_not_fall_back_in_silence(cases: dict[str, Any]) -> None:
+    assert "Error initializing dynamic engine" in cases["standard fallback"]["warned"]
+    assert "Error initializing dynamic engine" in cases["fallback"]["raised"]
+
+
+def test_fused_rotation_of_queries_and_keys_is_refused(cases: dict[str, Any]) -> None:
+    assert "use_flashinfer_fused_rope" in cases["fused rope"]["error"]
 
 
 MQA = (

@@ -74,11 +74,13 @@ def examine(symbol: Symbol, disabled: bool) -> dict[str, Any]:
 
 
 def others(function: Any, home: str) -> list[str]:
-    """Modules, other than ``home`` and ours, that wrapped or replaced an upstream function."""
+    """Modules, other than ours and those of the package that ``home`` is in, which has decorators
+    of its own, that wrapped or replaced an upstream function."""
     found = []
+    known = (*OURS, home.partition(".")[0])
     while function is not None:
         module = getattr(function, "__globals__", {}).get("__name__", home)
-        if module != home and module.partition(".")[0] not in OURS:
+        if module.partition(".")[0] not in known:
             found.append(module)
         function = getattr(function, "__wrapped__", None)
     return found
