@@ -7,10 +7,11 @@ is written out over the same paged caches, and pinned memory is left out.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -97,6 +98,14 @@ def stand_in() -> dict[str, Any]:
     return {}
 
 
+@contextlib.contextmanager
+def inference() -> Iterator[None]:
+    """What an engine does around its steps since 0.18."""
+    mode = getattr(utils, "InferenceMode", None)
+    with mode.active() if mode else contextlib.nullcontext():
+        yield
+
+
 def context_for(model: Any, **options: Any) -> Any:
     config = InferenceConfig(
         max_sequence_length=2 * SEQUENCE,
@@ -123,7 +132,7 @@ def decode(
     context = context_for(model)
     tokens, positions, mask = inputs()
     differences = []
-    with torch.no_grad():
+    with torch.no_grad(), inference():
         full = model(tokens, positions, mask, runtime_gather_output=True)
         for request in range(BATCH):
             prompt = DynamicInferenceRequest(
@@ -132,7 +141,6 @@ def decode(
                 sampling_params=SamplingParams(num_tokens_to_generate=8),
             )
             context.add_request(prompt)
-        utils.InferenceMode.set_active()
         for step in range(9, SEQUENCE + 1):
             context.initialize_attention_state()
             ids, places = context.current_input_and_position_ids()
@@ -142,7 +150,6 @@ def decode(
             if step < SEQUENCE:
                 active = torch.ones(BATCH, dtype=torch.int32)
                 context.update_requests(active, tokens[:, step].clone())
-        utils.InferenceMode.unset_active()
     blocks = context.memory_buffer.shape[2]
     return {
         "logits": max(differences),
@@ -167,14 +174,12 @@ def fallback(feature: CrossLayerAttention | None) -> dict[str, Any]:
     model = build(feature, None).eval()
     wrapper = GPTInferenceWrapper(model, StaticInferenceContext(BATCH, SEQUENCE))
     controller = TextGenerationController(wrapper, tokenizer=None)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, inference():
         warnings.simplefilter("always")
         try:
             StaticInferenceEngine(controller, buffer_size_gb=None)  # which no engine can use
         except Exception as error:
             return {"raised": str(error), "warned": ""}
-        finally:
-            utils.InferenceMode.unset_active()
     told = [str(w.message) for w in caught if "dynamic engine" in str(w.message)]
     return {"raised": "", "warned": told[0] if told else ""}
 
