@@ -50,10 +50,12 @@ transformer-engine: .matrix/transformer-engine/.ready
 	@touch $@
 
 # The Megatron tests on the other minor versions of the support window, each in an environment of its
-# own on top of $(VENV); with MEGATRON_LM=path also on that checkout.
+# own on top of $(VENV); with MEGATRON_LM=path also on that checkout. The DeepSpeed tests likewise, on the
+# oldest version of its window and on the last one with the compression library.
 MATRIX = 0.17.1 0.18.2
+DEEPSPEED_MATRIX = 0.18.6 0.19.6
 
-test-matrix: $(MATRIX:%=matrix-%) $(if $(MEGATRON_LM),matrix-checkout)
+test-matrix: $(MATRIX:%=matrix-%) $(if $(MEGATRON_LM),matrix-checkout) $(DEEPSPEED_MATRIX:%=matrix-deepspeed-%)
 
 .PRECIOUS: .matrix/core-%/.ready
 .matrix/core-%/.ready: $(STAMP)
@@ -66,6 +68,17 @@ test-matrix: $(MATRIX:%=matrix-%) $(if $(MEGATRON_LM),matrix-checkout)
 
 matrix-checkout: env
 	PYTHONPATH=$(MEGATRON_LM) $(RUN) -m pytest tests/megatron tests/parity $(ARGS)
+
+.PRECIOUS: .matrix/deepspeed-%/.ready
+.matrix/deepspeed-%/.ready: $(STAMP)
+	$(RUN) -m venv --without-pip $(@D)
+	echo "import site; site.addsitedir('$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$(echo $(@D)/lib/python*/site-packages)/base.pth
+	$(RUN) -m pip install -q --no-deps --target $$(echo $(@D)/lib/python*/site-packages) deepspeed==$*
+	@touch $@
+
+matrix-deepspeed-%: .matrix/deepspeed-%/.ready
+	.matrix/deepspeed-$*/bin/python -m pytest tests/deepspeed $(ARGS)
 
 matrix-%: .matrix/core-%/.ready transformer-engine
 	.matrix/core-$*/bin/python -m pytest tests/megatron tests/parity $(ARGS)

@@ -48,7 +48,8 @@ def build(settings: dict[str, Any], seed: int = 7, **options: Any) -> Any:
     net = model(seed)
     if "optimizer" in settings:
         options.setdefault("model_parameters", groups(net))
-    return deepspeed.initialize(model=net, config=settings, **options)[0]
+    # DeepSpeed takes entries out of the JSON that it is given, such as "torch_adam".
+    return deepspeed.initialize(model=net, config=copy.deepcopy(settings), **options)[0]
 
 
 def rates(engine: Any) -> list[float]:

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "power_lr"
 SCRIPT = EXAMPLE / "train_deepspeed.py"
 ACTIVE = "power-lr: peak 0.01, a 4, b -0.51, "
-LAUNCHER = Path(sys.executable).with_name("deepspeed")
+LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner")
+"""What the command ``deepspeed`` runs."""
 UNARMED = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 QUICK = {"PYTHONPATH": f"{Path(__file__).with_name('site')}{os.pathsep}{ROOT}"}
 
@@ -61,7 +62,7 @@ def test_without_the_plugins_it_dies(arguments):
 def test_module_door_under_deepspeeds_launcher(arguments):
     command = ("--module", "deepspeed_plugins", SCRIPT, *arguments)
     output, code = run(
-        LAUNCHER, "--num_accelerators", 1, "--master_port", free_port(), *command,
+        *LAUNCHER, "--num_accelerators", 1, "--master_port", free_port(), *command,
         **QUICK, **UNARMED,
     )  # fmt: skip
     assert code == 0, output
