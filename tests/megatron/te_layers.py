@@ -42,13 +42,16 @@ transformer_engine.common.load_framework_extension = lambda framework: None
 import transformer_engine.pytorch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from torch_plugins.config import LadderResidual, PowerMup
+from torch_plugins.config import CrossLayerAttention, LadderResidual, PowerMup
 
 
-def build(ladder: bool) -> GPTModel:
+def build(ladder: bool, sharing: CrossLayerAttention | None = None, te: bool = True) -> GPTModel:
     config = TransformerConfig(
         num_layers=2,
         hidden_size=32,
@@ -62,12 +65,23 @@ def build(ladder: bool) -> GPTModel:
             "ladder_residual": LadderResidual(),
             "power_mup": PowerMup(residual_multiplier=0.5),
         }
-    spec = get_gpt_layer_with_transformer_engine_spec()
+    if sharing is not None:
+        config.megatron_plugins = {"cross_layer_attention": sharing}
+        config.hetereogenous_dist_checkpoint = True
+    spec = get_gpt_layer_with_transformer_engine_spec() if te else get_gpt_layer_local_spec()
     return GPTModel(config, spec, vocab_size=64, max_sequence_length=32)
 
 
 def shapes(model: torch.nn.Module) -> dict[str, list[int]]:
     return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def shared_shards(te: bool) -> dict[str, list[int]]:
+    """Shapes of the shards, by the key in a checkpoint, of one layer that shares the keys and
+    values of another, which have a norm of their own."""
+    model = build(False, CrossLayerAttention(2, kv_norm="separate"), te)
+    shards = model.sharded_state_dict().values()
+    return {shard.key: list(shard.local_shape) for shard in shards if hasattr(shard, "local_shape")}
 
 
 def main(output: str) -> None:
@@ -90,6 +104,8 @@ def main(output: str) -> None:
         "same keys": list(model.state_dict()) == list(stock.state_dict()),
         "same shards": {k: getattr(v, "global_offset", None) for k, v in shards.items()}
         == {k: getattr(v, "global_offset", None) for k, v in stock_shards.items()},
+        "sharing": shared_shards(te=True),
+        "sharing, local layers": shared_shards(te=False),
     }
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(found))
