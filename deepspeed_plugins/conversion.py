@@ -4,11 +4,14 @@ partitions it::
     "deepspeed_plugins": {
       "ladder_residual": {"layers": "all"},
       "cross_layer_attention": {"sharing_factor": 2},
+      "kv_init": "first",
       "apply_to": "trained"
     }
 
 ``apply_to``: ``trained`` leaves engines without an optimizer as they are, such as the reference
 models of preference tuning, which are given the same JSON; ``all`` converts every engine's model.
+``kv_init``: a layer that projects keys and values for others starts with its own projections, or
+with the ``mean`` over the layers that share them.
 
 The model of the script is converted in place, whether its weights are whole or partitioned by
 ``zero.Init``; see :mod:`torch_plugins.hf.convert`.
@@ -19,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from deepspeed_plugins.features import APPLY_TO, SECTION, apply_to, available
+from deepspeed_plugins.features import APPLY_TO, KV_INIT, SECTION, available, choice
 from deepspeed_plugins.parameters import follow
 from torch_plugins.config import ConfigError, Feature
 
@@ -47,7 +50,8 @@ def convert_model(features: Mapping[str, Any], engine_arguments: dict[str, Any])
     check(wanted, config, model)
     from torch_plugins.hf.convert import convert
 
-    result = convert(model, wanted.values(), _zero_storage())
+    kv_init = choice(config._param_dict, KV_INIT)
+    result = convert(model, wanted.values(), kv_init, _zero_storage())
     follow(result, engine_arguments)
     if result.added:
         import deepspeed
@@ -64,7 +68,7 @@ def of_decoder(features: Mapping[str, Any]) -> dict[str, Feature]:
 def applies(config: Any, optimizer: Any) -> bool:
     """Whether an engine with this ``DeepSpeedConfig`` and the script's optimizer is converted."""
     trained = bool(optimizer) or bool(config.optimizer_name)
-    return trained or apply_to(config._param_dict) == "all"
+    return trained or choice(config._param_dict, APPLY_TO) == "all"
 
 
 def layers_of(model: Any) -> int | None:
@@ -119,5 +123,5 @@ def _zero_storage() -> Storage:
 
     return Storage(
         shape=lambda parameter: getattr(parameter, "ds_shape", parameter.shape),
-        gather=zero.GatheredParameters,
+        gather=lambda parameters: zero.GatheredParameters(parameters, modifier_rank=0),
     )

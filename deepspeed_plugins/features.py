@@ -20,12 +20,13 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from torch_plugins.config import FEATURES, ConfigError, Feature, did_you_mean
+from torch_plugins.config import FEATURES, ConfigError, CrossLayerAttention, Feature, did_you_mean
 
 SECTION = "deepspeed_plugins"
-APPLY_TO = "apply_to"
-ENGINES = ("trained", "all")
-"""Values of :data:`APPLY_TO`: engines with an optimizer, or every one."""
+APPLY_TO, KV_INIT = "apply_to", "kv_init"
+CHOICES = {APPLY_TO: ("trained", "all"), KV_INIT: ("first", "mean")}
+"""Keys beside the features: which engines are converted, and how keys and values of producers
+start; the default is the first."""
 
 
 def adapter(key: str) -> ModuleType:
@@ -48,15 +49,18 @@ def features_of(config: Mapping[str, Any]) -> dict[str, Any]:
     section = config.get(SECTION, {})
     if not isinstance(section, Mapping):
         raise ConfigError(f"{SECTION} {section!r}: must be an object, one key per feature")
-    apply_to(config)
     _refuse_auto(section)
+    for key in CHOICES:
+        choice(config, key)
     known = available()
     elsewhere = {key for key in known if hasattr(adapter(key), "from_config")}
     for key in section:
-        if key != APPLY_TO:
-            _check_key(key, [*(name for name in known if name not in elsewhere), APPLY_TO])
-    if SECTION in config and not section.keys() - {APPLY_TO}:
+        if key not in CHOICES:
+            _check_key(key, [*(name for name in known if name not in elsewhere), *CHOICES])
+    if SECTION in config and not section.keys() - CHOICES.keys():
         raise ConfigError(f"{SECTION} {dict(section)}: names no feature; drop it, or add one")
+    if KV_INIT in section and CrossLayerAttention.key() not in section:
+        raise ConfigError(f"{SECTION}.{KV_INIT}: goes with {CrossLayerAttention.key()} only")
     found = {}
     for key, feature in known.items():
         if key in elsewhere:
@@ -68,16 +72,16 @@ def features_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def apply_to(config: Mapping[str, Any]) -> str:
-    """Which engines the section is for.
+def choice(config: Mapping[str, Any], key: str) -> str:
+    """The value of a key of :data:`CHOICES`.
 
     Raises:
         ConfigError: an unknown value.
     """
-    value = config.get(SECTION, {}).get(APPLY_TO, ENGINES[0])
-    if value not in ENGINES:
-        hint = did_you_mean(str(value), list(ENGINES))
-        raise ConfigError(f"{SECTION}.{APPLY_TO} {value!r}: unknown{hint}")
+    value = config.get(SECTION, {}).get(key, CHOICES[key][0])
+    if value not in CHOICES[key]:
+        hint = did_you_mean(str(value), list(CHOICES[key]))
+        raise ConfigError(f"{SECTION}.{key} {value!r}: unknown{hint}")
     return str(value)
 
 

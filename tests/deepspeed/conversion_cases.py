@@ -192,8 +192,9 @@ def optimizers():
 def partitioned(folder):
     """Losses of models whose weights zero.Init partitioned before the engine converts them, against
     those that were whole."""
-    json_file = settings(3, BOTH)
-    expected = train(build(3, BOTH, stock(QWEN3)))
+    mean = BOTH | {"kv_init": "mean"}
+    json_file = settings(3, mean)
+    expected = train(build(3, mean, stock(QWEN3)))
     if dist.get_rank() == 0:
         stock(QWEN3).save_pretrained(folder / "stock")
     dist.barrier()
@@ -201,7 +202,7 @@ def partitioned(folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "stock")
     del keep
     shapes = {tuple(p.shape) for p in model.parameters()}
-    losses = train(build(3, BOTH, model))
+    losses = train(build(3, mean, model))
     return {"shapes": sorted(shapes), "losses": apart(losses, expected)}
 
 
@@ -240,6 +241,7 @@ def refused():
         "shape": (stock(), {"ladder_residual": True}),
         "empty": (stock(), {"apply_to": "all"}),
         "apply_to": (stock(), LADDER | {"apply_to": "train"}),
+        "kv_init": (stock(), LADDER | {"kv_init": "mean"}),
         "none": (stock(), {"ladder_residual": {"layers": "none"}}),
         "factor": (stock(), {"cross_layer_attention": {"sharing_factor": 5}}),
         "model": (torch.nn.Linear(8, 8), LADDER),

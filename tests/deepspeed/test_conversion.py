@@ -113,6 +113,7 @@ REFUSED = {
     "shape": "deepspeed_plugins.ladder_residual True: must be an object",
     "empty": "names no feature",
     "apply_to": "deepspeed_plugins.apply_to 'train': unknown; did you mean 'trained'?",
+    "kv_init": "deepspeed_plugins.kv_init: goes with cross_layer_attention only",
     "none": "layers 'none' has no ladder layer: name at least one of 0 to 3",
     "factor": "cross_layer_attention.sharing_factor (--cla-sharing-factor) 5: the model has 4",
     "model": "torch.nn.modules.linear.Linear cannot be converted; known are",

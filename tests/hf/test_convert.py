@@ -142,6 +142,23 @@ def test_what_cross_layer_attention_removes_and_adds():
     assert not hasattr(model.model.layers[2].self_attn, "k_proj")
 
 
+def test_producers_start_with_their_own_keys_and_values_or_the_mean_of_their_group():
+    stock = build(FAMILIES["qwen3"])
+    own, mean = copy.deepcopy(stock), copy.deepcopy(stock)
+    convert(own, [SEPARATE])
+    convert(mean, [SEPARATE], kv_init="mean")
+    state = stock.state_dict()
+    for name in ("k_proj.weight", "v_proj.weight", "k_norm.weight"):
+        one, *group = (state[f"model.layers.{layer}.self_attn.{name}"] for layer in range(4))
+        average = torch.stack(group).mean(0)
+        for model, expected in ((own, [one, group[0]]), (mean, [one, average])):
+            for layer in (0, 1):
+                found = model.get_parameter(f"model.layers.{layer}.self_attn.{name}")
+                torch.testing.assert_close(found.detach(), expected[layer])
+    query = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(mean.get_parameter(query), state[query])
+
+
 def test_what_a_script_holds_sees_the_conversion(tokens):
     model, ids = build(FAMILIES["llama"]).train(), tokens()
     layer, config = model.model.layers[1], model.config

@@ -6,8 +6,9 @@ script holds, optimizers made before, hooks, ``requires_grad``, gradient checkpo
 generation configuration stay valid. Without a feature the function is the same, bit for bit.
 
 - Ladder Residual needs no other weights.
-- Cross-Layer Attention drops the key and value projections of its consumers; a producer keeps its
-  own. A separate ``kv_norm`` starts as a copy of the layer's ``input_layernorm``.
+- Cross-Layer Attention drops the key and value projections of its consumers. A producer keeps its
+  own (``first``), or gets the mean over its group (``mean``), weights, biases and key norms alike.
+  A separate ``kv_norm`` starts as a copy of the layer's ``input_layernorm``.
 
 Either changes the function: the model is to be trained on.
 """
@@ -24,9 +25,12 @@ import torch
 from torch import nn
 
 from ..config import ConfigError, CrossLayerAttention, Feature
+from ..cross_layer_attention import sharing_groups
 from .configuration_plugin_decoder import PluginDecoderConfig
 from .families import decoder_config
 from .modeling_plugin_decoder import PluginDecoderForCausalLM, PluginDecoderLayer
+
+KV_INITS = ("first", "mean")
 
 Parameters = dict[str, nn.Parameter]
 
@@ -38,7 +42,7 @@ class Storage:
     shape: Callable[[nn.Parameter], Sequence[int]] = lambda parameter: parameter.shape
     """Of the whole parameter."""
     gather: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] = lambda _: nullcontext()
-    """A context in which the parameters are whole, for reading."""
+    """A context in which the parameters are whole; what every rank writes to them alike stays."""
 
 
 LOCAL = Storage()
@@ -55,7 +59,12 @@ class Conversion:
     """For each added one, the parameter it was copied from and is to be treated like."""
 
 
-def convert(model: Any, features: Iterable[Feature] = (), storage: Storage = LOCAL) -> Conversion:
+def convert(
+    model: Any,
+    features: Iterable[Feature] = (),
+    kv_init: str = KV_INITS[0],
+    storage: Storage = LOCAL,
+) -> Conversion:
     """Make ``model`` a :class:`PluginDecoderForCausalLM` with ``features``, in place.
 
     A feature replaces what the model's own configuration says of it. A decoder that computes what
@@ -80,6 +89,8 @@ def convert(model: Any, features: Iterable[Feature] = (), storage: Storage = LOC
             f"cannot be given {config.cross_layer_attention}: its consumers have no keys and "
             "values of their own; convert the model that it was made from"
         )
+    if kv_init == "mean" and stock == unshared:
+        _average_keys_and_values(model, config, storage)
     skeleton = _skeleton(config)
     config._attn_implementation = model.config._attn_implementation
     old = dict(model.named_parameters())
@@ -159,6 +170,18 @@ OF_THE_USER = (
 
 def _of_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.")
+
+
+@torch.no_grad()
+def _average_keys_and_values(model: Any, config: PluginDecoderConfig, storage: Storage) -> None:
+    """Give producers the mean over their groups, in fp32, one tensor at a time."""
+    for group in sharing_groups(config.kv_producers):
+        layers = [model.model.layers[index].self_attn for index in group]
+        for name, produced in layers[0].named_parameters():
+            if len(group) > 1 and name.startswith(("k_", "v_")):
+                shared = [layer.get_parameter(name) for layer in layers]
+                with storage.gather(shared):
+                    produced.copy_(torch.stack([each.float() for each in shared]).mean(0))
 
 
 def _initialise_kv_norms(model: nn.Module, storage: Storage) -> Parameters:
