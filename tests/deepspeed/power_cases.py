@@ -97,6 +97,7 @@ def resumed(stage, stops):
     for stop in stops:
         engine = build(settings, seed=8)
         engine.load_checkpoint(folder[0], tag=f"step{stop}")
+        assert engine.lr_scheduler.batch_size == engine.train_batch_size()
         pairs = zip(straight, go_on(engine, stop), strict=True)
         equal[f"ZeRO {stage}, step {stop}"] = all(torch.equal(one, other) for one, other in pairs)
     shutil.rmtree(folder[0], ignore_errors=True)
