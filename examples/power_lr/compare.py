@@ -3,11 +3,11 @@
     make compare-power-lr             # or: python examples/power_lr/compare.py
     python examples/power_lr/compare.py --quick           # a toy, to see every step in seconds
 
-A small Llama on real text, in four cells: two horizons (T and 4T tokens) by two batch sizes (B and
-4B). Power's ``a``, cosine's peak and WSD's peak are tuned in the first cell, each over a grid of
-the same size, and carried over to the others as they are. Trains on the CPU, one run per core at a
-time; prints tables, writes ``results.json`` and ``compare.png``. ``--resume`` keeps finished runs
-of the same settings.
+A small Qwen3 on real text, in four cells: two horizons (T and 4T tokens) by two batch sizes (B and
+4B). Power's ``a`` and ``eta_max``, cosine's peak and WSD's peak are tuned in the first cell, in as
+many runs each, and carried over to the others as they are; a fourth arm is Power with the paper's
+numbers. Trains on the CPU, one run per core at a time; prints tables, writes ``results.json`` and
+``compare.png``. ``--resume`` keeps finished runs of the same settings.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from statistics import fmean
 import torch
 from compare_plot import draw
 from compare_results import Results
-from compare_settings import ARMS, FULL, QUICK, Run, Settings
-from compare_training import prepare_data, train
+from compare_settings import ARMS, FULL, QUICK, Run, Settings, numbers
+from compare_training import prepare_data, start_worker, train
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -38,10 +38,10 @@ OUTPUT = Path(__file__).resolve().parents[2] / "out" / "power_lr"
 
 def tuning_runs(settings: Settings) -> list[Run]:
     return [
-        Run(arm, value, *settings.cells[0], seed)
+        Run(arm, values, *settings.cells[0], seed)
         for seed in settings.seeds
         for arm in ARMS
-        for value in settings.grid(arm)
+        for values in settings.grid(arm)
     ]
 
 
@@ -84,17 +84,16 @@ def perform(
 
 def grids(results: Results, settings: Settings) -> Table:
     table = Table(title=f"Tuning at {settings.label(settings.cells[0])}: mean validation loss")
-    table.add_column("arm")
-    for step in range(len(settings.peaks)):
-        table.add_column(f"grid {step + 1}", justify="right")
-    for arm in ARMS:
-        best, row = results.best(arm, settings), [f"{arm}, {ARMS[arm]}"]
-        for value in settings.grid(arm):
-            loss = fmean(results.losses(arm, value, settings.cells[0], settings))
-            row.append(
-                f"{value:g}: " + (f"[bold]{loss:.3f}[/bold]" if value == best else f"{loss:.3f}")
-            )
-        table.add_row(*row)
+    for column in ("arm", "numbers", "grid: loss"):
+        table.add_column(column)
+    for arm, names in ARMS.items():
+        best, losses = results.best(arm, settings), results.tuning(arm, settings)
+        cells = [
+            f"[bold]{numbers(v)}: {loss:.3f}[/bold]" if v == best else f"{numbers(v)}: {loss:.3f}"
+            for v, loss in losses.items()
+        ]
+        rows = ["   ".join(cells[i : i + 3]) for i in range(0, len(cells), 3)]
+        table.add_row(arm, names, "\n".join(rows))
     return table
 
 
@@ -110,7 +109,7 @@ def summary(results: Results, settings: Settings) -> Table:
         return f"{fmean(values):{form}} ±{(max(values) - min(values)) / 2:.3f}"
 
     for arm, row in losses.items():
-        name = f"{arm} {results.best(arm, settings):g}"
+        name = f"{arm} {numbers(results.best(arm, settings))}"
         table.add_row(name, *(spread(seeds, ".3f") for seeds in row))
     table.add_section()
     for other in list(ARMS)[1:]:
@@ -132,9 +131,9 @@ def compare(settings: Settings, output: Path, resume: bool, workers: int, consol
         f"tokens, B = {settings.batch_size} sequences of {settings.sequence_length}",
         highlight=False,
     )
-    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # one core per run
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn) as pool:
+    with ProcessPoolExecutor(workers, spawn, start_worker) as pool:
         try:
             perform("tuning", tuning_runs(settings), settings, results, pool, console)
             runs = carried_over_runs(settings, results)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from compare_results import Results
-from compare_settings import ARMS, Run, Settings
+from compare_settings import ARMS, Run, Settings, numbers
 
-COLOURS = {"power": "#DD8452", "cosine": "#4C72B0", "WSD": "#55A868"}
+COLOURS = {"power": "#DD8452", "published": "#8172B3", "cosine": "#4C72B0", "WSD": "#55A868"}
 
 
 def draw(results: Results, settings: Settings, path: Path) -> None:
@@ -18,17 +19,18 @@ def draw(results: Results, settings: Settings, path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), dpi=100, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=100, layout="constrained")
     tuning = settings.cells[0]
-    for arm in ARMS:
-        grid, best = settings.grid(arm), results.best(arm, settings)
-        rates = [highest_rate(arm, value, settings) for value in grid]
-        losses = [fmean(results.losses(arm, value, tuning, settings)) for value in grid]
-        left.plot(rates, losses, "o-", color=COLOURS[arm], label=f"{arm}, {ARMS[arm]} {best:g}")
-        chosen = grid.index(best)
-        left.plot(rates[chosen], losses[chosen], "o", color=COLOURS[arm], markersize=11)
+    for arm, colour in COLOURS.items():
+        losses, best = results.tuning(arm, settings), results.best(arm, settings)
+        points = [(mean_rate(arm, values, settings), loss) for values, loss in losses.items()]
+        line = "-" if len(best) == 1 else ""
+        label = f"{arm}, {ARMS[arm]} {numbers(best)}"
+        left.plot(*zip(*points, strict=True), "o" + line, color=colour, label=label)
+        chosen = mean_rate(arm, best, settings), losses[best]
+        left.plot(*chosen, "o", color=colour, markersize=12, alpha=0.5)
     left.set_xscale("log")
-    left.set_xlabel("learning rate at the end of the warm-up")
+    left.set_xlabel("mean learning rate of the run")
     left.set_ylabel("validation loss (nats per token)")
     left.set_title(f"tuned at {settings.label(tuning)}")
     left.legend(frameon=False)
@@ -37,9 +39,9 @@ def draw(results: Results, settings: Settings, path: Path) -> None:
     for place in range(len(settings.cells)):
         least = min(fmean(losses[place]) for losses in table.values())
         for offset, (arm, losses) in enumerate(table.items()):
-            x = place + 0.22 * (offset - 1)
+            x = place + 0.2 * (offset - 1.5)
             above = [loss - least for loss in losses[place]]
-            right.bar(x, fmean(above), 0.2, color=COLOURS[arm], alpha=0.55)
+            right.bar(x, fmean(above), 0.18, color=COLOURS[arm], alpha=0.55)
             right.plot([x] * len(above), above, "o", color=COLOURS[arm], markersize=4)
     right.set_xticks(range(len(settings.cells)), [settings.label(c) for c in settings.cells])
     right.set_ylabel("validation loss above the best arm's mean (nats)")
@@ -52,8 +54,9 @@ def draw(results: Results, settings: Settings, path: Path) -> None:
     plt.close(figure)
 
 
-def highest_rate(arm: str, value: float, settings: Settings) -> float:
-    """Rate at the end of the warm-up, in the cell for tuning: comparable between the arms."""
+def mean_rate(arm: str, values: tuple[float, ...], settings: Settings) -> float:
+    """Of a run in the cell for tuning: one number that compares schedules of different shapes."""
     tokens, batch_size = settings.cells[0]
-    schedule = Run(arm, value, tokens, batch_size, 0).schedule(settings)
-    return float(schedule.rate(settings.warmup_tokens, batch_size * settings.sequence_length))
+    batch_tokens = batch_size * settings.sequence_length
+    schedule = Run(arm, values, tokens, batch_size, 0).schedule(settings)
+    return float(schedule.rate(torch.arange(0, tokens, batch_tokens), batch_tokens).mean())

@@ -29,7 +29,8 @@ class Results:
             saved = json.loads(path.read_text())
             if saved["identity"] == self.identity:
                 for entry in saved["runs"]:
-                    self.outcomes[Run(**entry["run"])] = Outcome(**entry["outcome"])
+                    run = entry["run"] | {"values": tuple(entry["run"]["values"])}
+                    self.outcomes[Run(**run)] = Outcome(**entry["outcome"])
 
     def add(self, run: Run, outcome: Outcome) -> None:
         self.outcomes[run] = outcome
@@ -40,32 +41,39 @@ class Results:
         partial.replace(self.path)  # at once: an interrupted comparison can be resumed
 
     def losses(
-        self, arm: str, value: float, cell: tuple[int, int], settings: Settings
+        self, arm: str, values: tuple[float, ...], cell: tuple[int, int], settings: Settings
     ) -> list[float]:
         """One per seed."""
-        return [self.outcomes[Run(arm, value, *cell, seed)].loss for seed in settings.seeds]
+        return [self.outcomes[Run(arm, values, *cell, seed)].loss for seed in settings.seeds]
 
-    def best(self, arm: str, settings: Settings) -> float:
-        """The grid value with the least mean loss in the cell for tuning."""
+    def tuning(self, arm: str, settings: Settings) -> dict[tuple[float, ...], float]:
+        """The grid's mean losses in the cell for tuning."""
         cell = settings.cells[0]
-        return min(
-            settings.grid(arm), key=lambda value: fmean(self.losses(arm, value, cell, settings))
-        )
+        grid = settings.grid(arm)
+        return {values: fmean(self.losses(arm, values, cell, settings)) for values in grid}
+
+    def best(self, arm: str, settings: Settings) -> tuple[float, ...]:
+        """What is carried over."""
+        losses = self.tuning(arm, settings)
+        return min(losses, key=losses.__getitem__)
 
     def table(self, settings: Settings) -> dict[str, list[list[float]]]:
-        """Of every arm with its best value, the losses per cell and seed."""
+        """Of every arm with its best values, the losses per cell and seed."""
+        best = {arm: self.best(arm, settings) for arm in ARMS}
         return {
-            arm: [
-                self.losses(arm, self.best(arm, settings), cell, settings)
-                for cell in settings.cells
-            ]
-            for arm in ARMS
+            arm: [self.losses(arm, values, cell, settings) for cell in settings.cells]
+            for arm, values in best.items()
         }
 
     def at_the_edge(self, settings: Settings) -> list[str]:
-        """Arms whose best value is the first or last of their grid: perhaps not the best."""
-        grids = {arm: settings.grid(arm) for arm in ARMS}
-        return [a for a, grid in grids.items() if self.best(a, settings) in (grid[0], grid[-1])]
+        """Arms of which a tuned number is the first or last of three or more that were tried."""
+        found = []
+        for arm in ARMS:
+            tried = [sorted(set(values)) for values in zip(*settings.grid(arm), strict=True)]
+            chosen = zip(self.best(arm, settings), tried, strict=True)
+            if any(len(all_) > 2 and value in (all_[0], all_[-1]) for value, all_ in chosen):
+                found.append(arm)
+        return found
 
     @property
     def seconds(self) -> float:

@@ -7,20 +7,23 @@ from dataclasses import dataclass
 from torch_plugins.config import PowerLR as PowerLRConfig
 from torch_plugins.power_lr import Schedule, cosine, wsd
 
-ARMS = {"power": "a", "cosine": "peak", "WSD": "peak"}
-"""Each arm has one number to tune."""
+ARMS = {"power": "a, eta_max", "published": "a, eta_max", "cosine": "peak", "WSD": "peak"}
+"""Each arm, and what is tuned. ``published`` is Power with the paper's numbers as they are."""
+
+PUBLISHED = (4, 0.02)
+"""a and eta_max of arXiv 2408.13359, found for muP models of billions of tokens."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A small Llama, four cells (two horizons, two batch sizes), and one grid per arm."""
+    """A small decoder, four cells (two horizons, two batch sizes), and a grid for each arm."""
 
-    hidden_size: int = 32
+    hidden_size: int = 64
     layers: int = 2
     heads: int = 4
     vocab_size: int = 1024
     sequence_length: int = 128
-    tokens: int = 262_144
+    tokens: int = 131_072
     """The short horizon T, at which every arm is tuned."""
     batch_size: int = 4
     """The small batch B, in sequences, at which every arm is tuned."""
@@ -28,10 +31,12 @@ class Settings:
     """From T to the long horizon, and from B to the large batch."""
     seeds: tuple[int, ...] = (1, 2)
     """Of initial weights and order of the data; every arm runs with each."""
-    amplitudes: tuple[float, ...] = (4, 8, 16, 32, 64)
-    """Grid of Power's a. The paper's 4 is among them."""
-    peaks: tuple[float, ...] = (0.002, 0.004, 0.008, 0.016, 0.032)
-    """Grid of the others' peak rate."""
+    amplitudes: tuple[float, ...] = (4, 8, 16)
+    """Power's a, each with each ``max_lrs``."""
+    max_lrs: tuple[float, ...] = (0.004, 0.008)
+    """Power's eta_max."""
+    peaks: tuple[float, ...] = (0.002, 0.003, 0.004, 0.006, 0.008, 0.012)
+    """Peak rate of the others: as many runs as for Power."""
     validation_sequences: int = 256
     documents: int | None = None
     """Keep about so many documents of the corpus; None keeps all."""
@@ -50,8 +55,11 @@ class Settings:
             for larger in (1, self.factor)
         ]
 
-    def grid(self, arm: str) -> tuple[float, ...]:
-        return self.amplitudes if arm == "power" else self.peaks
+    def grid(self, arm: str) -> list[tuple[float, ...]]:
+        """What is tried in the cell for tuning."""
+        if arm == "power":
+            return [(a, max_lr) for max_lr in self.max_lrs for a in self.amplitudes]
+        return [PUBLISHED] if arm == "published" else [(peak,) for peak in self.peaks]
 
     def label(self, cell: tuple[int, int]) -> str:
         """``4T, B``"""
@@ -64,8 +72,8 @@ class Run:
     """One training."""
 
     arm: str
-    value: float
-    """Power's a, or the peak rate."""
+    values: tuple[float, ...]
+    """Power's a and eta_max, or the peak rate."""
     tokens: int
     batch_size: int
     seed: int
@@ -73,21 +81,25 @@ class Run:
     def schedule(self, settings: Settings) -> Schedule:
         """All warm up over the same tokens and end at 0; Power and WSD decay over the last fifth.
 
-        Power has the paper's b and eta_max.
+        Power's b is the paper's.
         """
         warmup, decay = settings.warmup_tokens, self.tokens // 5
         if self.arm == "cosine":
-            return cosine(self.value, self.tokens, warmup_tokens=warmup)
+            return cosine(*self.values, self.tokens, warmup_tokens=warmup)
         if self.arm == "WSD":
-            return wsd(self.value, self.tokens, decay, warmup_tokens=warmup)
-        power = PowerLRConfig(a=self.value, decay_tokens=decay)
-        return Schedule(power, warmup_tokens=warmup, total_tokens=self.tokens)
+            return wsd(*self.values, self.tokens, decay, warmup_tokens=warmup)
+        a, max_lr = self.values
+        return Schedule(PowerLRConfig(a=a, decay_tokens=decay), max_lr, warmup, self.tokens)
 
     def __str__(self) -> str:
         return (
-            f"{self.arm} {ARMS[self.arm]} {self.value:g}, {self.tokens:,} tokens, "
-            f"batch {self.batch_size}, seed {self.seed}"
+            f"{self.arm} {numbers(self.values)}, {self.tokens:,} tokens, batch {self.batch_size}, "
+            f"seed {self.seed}"
         )
+
+
+def numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 FULL = Settings()
@@ -101,6 +113,7 @@ QUICK = Settings(
     batch_size=2,
     seeds=(1,),
     amplitudes=(4, 32),
+    max_lrs=(0.016,),
     peaks=(0.002, 0.016),
     validation_sequences=32,
     documents=40,

@@ -1,11 +1,14 @@
-"""One training of the comparison: the data, a small Llama, and a loop with ``PowerLR``."""
+"""One training of the comparison: the data, a small Qwen3, and a loop with ``PowerLR``."""
 
 from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -59,17 +62,20 @@ def sequences(path: Path, length: int) -> Tensor:
 
 
 def build_model(settings: Settings) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A Qwen3: its norms of queries and keys keep small models stable at high rates."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(
+    return Qwen3ForCausalLM(
+        Qwen3Config(
             vocab_size=settings.vocab_size,
             hidden_size=settings.hidden_size,
             intermediate_size=settings.hidden_size * 5 // 2,
             num_hidden_layers=settings.layers,
             num_attention_heads=settings.heads,
+            num_key_value_heads=settings.heads,
+            head_dim=settings.hidden_size // settings.heads,
             max_position_embeddings=settings.sequence_length,
-            tie_word_embeddings=True,
+            initializer_range=0.5 * settings.hidden_size**-0.5,
         )
     )
 
@@ -82,7 +88,7 @@ def batches(data: Tensor, run: Run) -> Iterator[Tensor]:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, run: Run, settings: Settings) -> PowerLR:
-    """``PowerLR`` plays all three arms: cosine and WSD are cases of the schedule with b = 0."""
+    """``PowerLR`` plays every arm: cosine and WSD are cases of the schedule with b = 0."""
     schedule = asdict(run.schedule(settings))
     return PowerLR(
         optimizer,
@@ -91,6 +97,19 @@ def build_scheduler(optimizer: torch.optim.Optimizer, run: Run, settings: Settin
         **schedule.pop("power"),
         **schedule,
     )
+
+
+def start_worker() -> None:
+    """In each process that trains: one core, and no life without the process that started it."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def train(run: Run, settings: Settings, folder: Path) -> Outcome:

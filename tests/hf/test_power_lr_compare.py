@@ -21,21 +21,21 @@ def test_arms():
     """One warm-up, one end; only Power's rate knows the batch size, and not the horizon."""
     from compare_settings import ARMS, FULL, Run
 
-    assert FULL.cells == [(2**18, 4), (2**18, 16), (2**20, 4), (2**20, 16)]
+    assert FULL.cells == [(2**17, 4), (2**17, 16), (2**19, 4), (2**19, 16)]
     assert [FULL.label(cell) for cell in FULL.cells] == ["T, B", "T, 4B", "4T, B", "4T, 4B"]
-    assert len({len(FULL.grid(arm)) for arm in ARMS}) == 1
+    assert [len(FULL.grid(arm)) for arm in ARMS] == [6, 1, 6, 6]
 
     def rates(arm, cell):
         tokens = torch.tensor([*range(0, cell[0], FULL.warmup_tokens), cell[0]])
-        value = FULL.grid(arm)[1]
-        return Run(arm, value, *cell, 1).schedule(FULL).rate(tokens, cell[1] * 128)
+        values = FULL.grid(arm)[0]
+        return Run(arm, values, *cell, 1).schedule(FULL).rate(tokens, cell[1] * 128)
 
     for arm in ARMS:
         curves = [rates(arm, cell) for cell in FULL.cells]
         assert all(curve[0] == curve[-1] == 0 for curve in curves)
         assert [int(curve.argmax()) for curve in curves] == [1] * 4
         batch_ratio, horizon_ratio = curves[1][5] / curves[0][5], curves[2][5] / curves[0][5]
-        assert (batch_ratio > 1) == (arm == "power")
+        assert (batch_ratio > 1) == (arm in ("power", "published"))
         assert (horizon_ratio == 1) == (arm != "cosine")
 
 
@@ -46,7 +46,7 @@ def test_a_seed_has_one_order_of_the_data():
     data = torch.arange(600).view(100, 6)
 
     def seen(tokens, batch_size, seed=1):
-        return torch.cat(list(batches(data, Run("power", 4, tokens, batch_size, seed))))
+        return torch.cat(list(batches(data, Run("power", (4, 0.02), tokens, batch_size, seed))))
 
     short = seen(120, 2)
     assert len(short) == 20
@@ -85,19 +85,20 @@ def test_choice_and_resume(tmp_path):
     from compare_settings import ARMS, QUICK, Run
     from compare_training import Outcome
 
-    settings = replace(QUICK, seeds=(1, 2), amplitudes=(4, 8, 16), peaks=(0.1, 0.2, 0.3))
+    grids = {"amplitudes": (4, 8, 16), "max_lrs": (0.1,), "peaks": (0.1, 0.2, 0.3)}
+    settings = replace(QUICK, seeds=(1, 2), **grids)
     path, identity = tmp_path / "results.json", {"corpus": "x", "seeds": (1, 2)}
     results = Results(path, identity, resume=True)
-    # By the mean of the seeds, the middle is best for Power, and the last for the others.
-    grid_losses = {"power": [(3, 1), (1, 2), (9, float("inf"))]}
+    # By the mean of the seeds, the middle is best for Power, and the last for cosine and WSD.
+    grid_losses = {"power": [(3, 1), (1, 2), (9, float("inf"))], "published": [(4, 4)]}
     for arm in ARMS:
         pairs = grid_losses.get(arm, [(3, 3), (2, 2), (1, 1)])
-        for value, losses in zip(settings.grid(arm), pairs, strict=True):
+        for values, losses in zip(settings.grid(arm), pairs, strict=True):
             for seed, loss in zip(settings.seeds, losses, strict=True):
-                results.add(Run(arm, value, *settings.cells[0], seed), Outcome(loss, 0.5))
-    assert [results.best(arm, settings) for arm in ARMS] == [8, 0.3, 0.3]
+                results.add(Run(arm, values, *settings.cells[0], seed), Outcome(loss, 0.5))
+    assert [results.best(arm, settings) for arm in ARMS] == [(8, 0.1), (4, 0.02), (0.3,), (0.3,)]
     assert results.at_the_edge(settings) == ["cosine", "WSD"]
-    assert results.seconds == 9
+    assert results.seconds == 10
 
     assert Results(path, identity, resume=True).outcomes == results.outcomes
     assert Results(path, identity, resume=False).outcomes == {}
@@ -114,10 +115,11 @@ def test_small_run(tmp_path):
     assert "power - WSD" in result.stdout
 
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert len(runs) == 3 * (2 + 3)
-    losses = {tuple(r["run"].values()): r["outcome"]["loss"] for r in runs}
-    assert len(losses) == len(set(losses.values())) == len(runs)
+    assert len(runs) == 3 * (2 + 3) + 1 + 3
+    losses = {str(entry["run"]): entry["outcome"]["loss"] for entry in runs}
+    assert len(losses) == len(runs)
     assert all(2 < loss < 5.9 for loss in losses.values())  # ln(384) is 5.95
-    best = min((loss, arm, value) for (arm, value, *_), loss in losses.items())
-    short = losses[(*best[1:], 4096, 2, 1)]
-    assert losses[(*best[1:], 16_384, 2, 1)] < short - 0.2
+    power = [entry for entry in runs if entry["run"]["arm"] == "published"]
+    by_cell = {(e["run"]["tokens"], e["run"]["batch_size"]): e["outcome"]["loss"] for e in power}
+    assert len(set(by_cell.values())) == 4
+    assert by_cell[16_384, 8] < by_cell[4096, 8] - 0.1
