@@ -246,6 +246,8 @@ MUP_PRESETS = {
     "1b": MupPreset(0.22),
     "1b-moe": MupPreset(0.28),
 }
+"""PowerLM-3B, PowerMoE-3B, and the 1B models, dense and mixture-of-experts. PowerLM-3B is 2304 wide,
+which makes its width multiplier 9; the paper prints 8."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +300,9 @@ class PowerMup(Feature):
     def where(cls, field_name: str | None = None) -> str:
         if field_name == "residual_multiplier":
             return "`residual_multiplier` of a granite configuration"
-        return "the multipliers of a granite configuration"
+        if field_name == "preset":
+            return "`torch_plugins.hf.granite_config(preset, ...)`"
+        return "`torch_plugins.mup`"
 
 
 FEATURES: tuple[type[Feature], ...] = (LadderResidual, CrossLayerAttention, PowerLR, PowerMup)
