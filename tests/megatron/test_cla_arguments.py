@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from megatron_plugins.cross_layer_attention import REFUSED, groups, inference, transform
+from megatron_plugins.cross_layer_attention import REFUSED, attention, groups, inference, transform
 from megatron_plugins.refusals import refuse
 from tests.megatron.harness import TINY
 from torch_plugins.config import ConfigError, CrossLayerAttention
@@ -212,6 +213,22 @@ def test_an_attention_of_another_kind_is_refused() -> None:
     latent = [get_gpt_layer_local_spec(multi_latent_attention=True)] * 2
     with pytest.raises(ConfigError, match="layer 0 has an attention of another kind, MLASelf"):
         transform(latent, config, CrossLayerAttention(2), 0)
+
+
+@pytest.mark.parametrize(("ranks", "heads"), [(4, 2), (8, 2), (2, 1)])
+def test_the_head_that_a_rank_attends_to(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, heads: int
+) -> None:
+    """Fewer key-value heads than ranks: consecutive ranks have the same one."""
+    from megatron.core.tensor_parallel import mappings
+
+    whole = torch.arange(float(heads)).repeat_interleave(6)[None, None]
+    name = "all_gather_last_dim_from_tensor_parallel_region"
+    monkeypatch.setattr(mappings, name, lambda part, group: whole)
+    for rank in range(ranks):
+        group = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: ranks)
+        own = attention._group_of_rank(whole, heads, group)
+        assert own.tolist() == [[[float(rank // (ranks // heads))] * 6]]
 
 
 def test_caches_of_a_pipeline_stage() -> None:

@@ -134,17 +134,18 @@ MQA = (
 CLA = (*MQA, "--cla-sharing-factor", 2)
 ALL = (*MQA, "--cla-pattern", "0,1,1,1,4,4,6,6", "--cla-kv-norm", "separate", "--ladder-residual")
 """Uneven groups, a norm of their own, and the ladder."""
-TP2 = ("--tensor-model-parallel-size", 2)
+SP = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
 PP2 = ("--pipeline-model-parallel-size", 2)
-SP = (*TP2, "--sequence-parallel")
 VPP = (*PP2, "--num-layers-per-virtual-pipeline-stage", 2)
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform")
 ONE = (*FULL, "--recompute-num-layers", 1)
+ZERO1 = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 
 
 @dataclass
 class Trained:
-    """Six iterations in one process, and where the third was saved."""
+    """Six iterations, and where the third was saved."""
 
     run: Run
     folder: Path
@@ -156,8 +157,10 @@ class Trained:
         )
 
 
-def trained(folder: Path, *flags: object) -> Trained:
-    return Trained(train(*flags, "--save", folder, "--save-interval", 3), folder, flags)
+def trained(folder: Path, *flags: object, parallel: tuple[object, ...] = ()) -> Trained:
+    processes = 2 if parallel else 1
+    saving = ("--save", folder, "--save-interval", 3)
+    return Trained(train(*flags, *saving, *parallel, processes=processes), folder, flags)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +170,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return trained(tmp_path_factory.mktemp("everything"), *ALL)
+    """By two data-parallel ranks, which share the optimizer."""
+    return trained(tmp_path_factory.mktemp("everything"), *ALL, *ZERO1, parallel=OVERLAP)
 
 
 def assert_continues(resumed: Run, expected: Run, tolerance: float = 2e-5) -> None:
@@ -201,17 +205,6 @@ def test_parallel_layouts_continue_from_one_checkpoint(
     assert_continues(shared.resumed(*flags, processes=2), shared.run)
 
 
-@pytest.mark.parametrize(
-    "flags", [(*SP, *ONE), (*PP2, *ONE)], ids=["sequence parallel", "pipeline"]
-)
-def test_with_the_ladder_and_a_norm_of_their_own(
-    everything: Trained, flags: tuple[object, ...]
-) -> None:
-    assert_continues(everything.resumed(*flags, processes=2), everything.run)
-
-
-def test_data_parallel_with_distributed_optimizer(shared: Trained) -> None:
-    flags = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
-    run = shared.resumed(*flags, "--no-load-optim", "--bf16", processes=2)
-    assert run.losses[4] == pytest.approx(shared.run.losses[4], rel=5e-3)
-    assert set(run.losses) == {4, 5, 6}
+def test_with_the_ladder_and_a_norm_of_their_own(everything: Trained) -> None:
+    """Begun by two data-parallel ranks, continued by two pipeline stages, with recompute."""
+    assert_continues(everything.resumed(*PP2, *ONE, processes=2), everything.run)

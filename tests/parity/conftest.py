@@ -54,8 +54,6 @@ CASES = {
     "cla-learned-tp2": TP2 + "--cla-sharing-factor 3 --qk-layernorm",
     "cla-separate-mqa-tp2": LLAMA + TP2 + MQA + "--cla-sharing-factor 2 --cla-kv-norm separate "
     "--qk-layernorm --rotary-interleaved --rotary-percent 0.5 --add-qkv-bias",
-    "cla-separate-ladder-pp2": PP2 + "--position-embedding-type rope --cla-pattern 0,0,2,2 "
-    "--cla-kv-norm separate --ladder-residual --ladder-layers last:3",
     "ladder-spec-tp2": LLAMA + TP2 + "--spec megatron_plugins.specs ladder_gpt_layer_spec",
 }
 """Name -> flags, on top of ``tests.megatron.harness.TINY``: 4 layers, width 64, 255 tokens."""

@@ -34,7 +34,6 @@ MODEL_TYPES = {
     "cla-ladder-vpp2": "plugin_decoder",
     "cla-learned-tp2": "plugin_decoder",
     "cla-separate-mqa-tp2": "plugin_decoder",
-    "cla-separate-ladder-pp2": "plugin_decoder",
     "ladder-spec-tp2": "plugin_decoder",
 }
 
