@@ -194,6 +194,20 @@ def test_what_a_script_holds_sees_the_conversion(tokens):
     assert model.config.vocab_size == 70
 
 
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_a_forward_wrapped_by_a_trainer_runs_the_converted_decoder(tokens, family):
+    """As TRL wraps that of its models, before the engine is built."""
+    model, ids = build(FAMILIES[family]), tokens()
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    convert(model, [LADDER, SHARED])
+    wrapped = model(ids, labels=ids)
+    del model.forward
+    own = model(ids, labels=ids)
+    assert torch.equal(wrapped.logits, own.logits)
+    assert torch.equal(wrapped.loss, own.loss)
+
+
 @pytest.mark.parametrize("family", ["llama-3.2", "qwen2", "granite"])
 def test_saved_and_loaded_it_computes_the_same(tokens, tmp_path, family):
     build(FAMILIES[family]).save_pretrained(tmp_path / "stock")

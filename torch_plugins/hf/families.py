@@ -162,16 +162,19 @@ def _check_modules(model: nn.Module, family: str) -> None:
     """
     own = _module(family) if family in FAMILIES else type(model).__module__.rsplit(".", 1)[0]
     for name, module in model.named_modules():
-        kind, at = type(module), name or type(model).__name__
+        kind = type(module)
         if not kind.__module__.startswith((own, *PLAIN_MODULES)):
             raise ConfigError(
-                f"{at} is a {kind.__module__}.{kind.__qualname__}, not a module of {family}: "
+                f"{name} is a {kind.__module__}.{kind.__qualname__}, not a module of {family}: "
                 "convert before adapters, quantization or kernels replace modules"
             )
-        if "forward" in vars(module):
+        # The model's own forward may be wrapped, as by losses that skip the logits: it calls the
+        # decoder below it. So may torch's modules, which stay what they are.
+        changes = module is not model and not kind.__module__.startswith(PLAIN_MODULES)
+        if changes and "forward" in vars(module):
             raise ConfigError(
-                f"the forward of {at} was replaced by {vars(module)['forward']!r}: convert before "
-                "accelerate's device_map hooks, fused kernels or losses are installed"
+                f"the forward of {name} was replaced: convert before accelerate's device_map hooks "
+                "or fused kernels are installed"
             )
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter:
