@@ -5,7 +5,8 @@
 
 Half the head size and CLA2 halve the key-value cache alike; which costs less? Every arm gets the
 best learning rate of its own grid (the paper finds that CLA wants a higher one), then fresh seeds.
-Prints a table; writes ``compare.json`` and ``compare.png``.
+Prints a table; writes ``compare.json`` and ``compare.png``. ``--resume`` keeps the runs that an
+interrupted call has finished.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import itertools
 import json
 import math
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -37,23 +38,42 @@ def cache_bytes(settings: Settings, name: str) -> int:
     return kv_bytes_per_token(producers, 1, ARMS[name].head_dim)
 
 
-def run(settings: Settings, tokens: Path, workers: int) -> list[dict[str, Any]]:
+class Runs:
+    """Trainings, several at once, each written down when it ends.
+
+    Args:
+        path: one JSON line per run.
+        resume: start from the runs that are there already, if their settings are these.
+    """
+
+    def __init__(self, settings: Settings, tokens: Path, path: Path, resume: bool) -> None:
+        self.settings, self.tokens, self.path = settings, tokens, path
+        self.identity = json.loads(json.dumps(asdict(settings)))
+        old = path.read_text().splitlines() if resume and path.exists() else []
+        self.done = [r for r in map(json.loads, old) if r["settings"] == self.identity]
+        path.write_text("".join(json.dumps(run) + "\n" for run in self.done))
+
+    def of(self, jobs: list[tuple[str, float, int]], pool: Executor) -> list[dict[str, Any]]:
+        """The runs of ``jobs``, (arm, learning rate, seed) each; those missing are trained."""
+        found = {(r["arm"], r["rate"], r["seed"]) for r in self.done}
+        missing = [job for job in jobs if job not in found]
+        futures = [pool.submit(train, self.settings, *job, self.tokens) for job in missing]
+        for future in as_completed(futures):
+            self.done.append(future.result() | {"settings": self.identity})
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.done[-1]) + "\n")
+            print("{arm:<16} lr {rate:<6g} seed {seed}: {loss:.4f}".format(**self.done[-1]))
+        return [r for r in self.done if (r["arm"], r["rate"], r["seed"]) in jobs]
+
+
+def run(settings: Settings, runs: Runs, workers: int) -> list[dict[str, Any]]:
     """The grid with seed 0, then every arm's best learning rate with the other seeds."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-
-        def all_of(jobs: list[tuple[str, float, int]]) -> list[dict[str, Any]]:
-            futures = [pool.submit(train, settings, *job, tokens) for job in jobs]
-            done = []
-            for future in futures:
-                done.append(future.result())
-                print("{arm:<16} lr {rate:<6g} seed {seed}: {loss:.4f}".format(**done[-1]))
-            return done
-
-        grid = all_of([(arm, rate, 0) for arm in ARMS for rate in settings.learning_rates])
+        grid = runs.of([(arm, rate, 0) for arm in ARMS for rate in settings.learning_rates], pool)
         best = {arm: best_rate(grid, arm) for arm in ARMS}
         seeds = itertools.product(settings.seeds, ARMS)
-        return grid + all_of([(arm, best[arm], seed) for seed, arm in seeds])
+        return grid + runs.of([(arm, best[arm], seed) for seed, arm in seeds], pool)
 
 
 def best_rate(runs: list[dict[str, Any]], arm: str) -> float:
@@ -126,8 +146,9 @@ def plot(
         size = [row["bytes"]] * len(row["losses"])
         left.plot(size, row["losses"], "o", color=colour, alpha=0.35)
         left.plot(row["bytes"], mean(row["losses"]), "D", color=colour, markersize=9, label=arm)
-        grid = [run["loss"] for run in runs if run["arm"] == arm and run["seed"] == 0]
-        right.plot(settings.learning_rates, grid, "o-", color=colour, label=arm)
+        grid = {run["rate"]: run["loss"] for run in runs if run["arm"] == arm and not run["seed"]}
+        rates = settings.learning_rates
+        right.plot(rates, [grid[rate] for rate in rates], "o-", color=colour, label=arm)
     left.set_xscale("log", base=2)
     sizes = sorted({row["bytes"] for row in rows})
     left.set_xticks(sizes, [str(size) for size in sizes])
@@ -152,13 +173,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="toy models, a few steps")
+    parser.add_argument("--resume", action="store_true", help="keep runs already finished")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, one thread each")
     arguments = parser.parse_args()
     settings = QUICK if arguments.quick else Settings()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    runs = run(settings, prepare_tokens(settings, arguments.output), arguments.workers)
+    tokens = prepare_tokens(settings, arguments.output)
+    path = arguments.output / "runs.jsonl"
+    runs = run(settings, Runs(settings, tokens, path, arguments.resume), arguments.workers)
     rows = summarise(settings, runs)
-    result = {"settings": asdict(settings), "rows": rows, "runs": runs}
+    result = {"settings": asdict(settings), "rows": rows}
     (arguments.output / "compare.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(settings, runs, rows, arguments.output / "compare.png")
     print_table(rows, settings)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,14 +55,40 @@ def test_comparison(monkeypatch, tmp_path, capsys):
     compare.main()
     assert "MQA + CLA2" in capsys.readouterr().out
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
-    result = json.loads((tmp_path / "compare.json").read_text())
-    assert len(result["runs"]) == 3 * (2 + 1)
-    assert all(4 < run["loss"] < 6.5 for run in result["runs"])
-    mqa, half, cla = result["rows"]
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len(runs) == 3 * (2 + 1)
+    assert all(4 < run["loss"] < 6.5 for run in runs)
+    mqa, half, cla = json.loads((tmp_path / "compare.json").read_text())["rows"]
     assert mqa["bytes"] == 2 * 2 * 32 * 2
     assert half["bytes"] == cla["bytes"] == mqa["bytes"] / 2
     # A consumer lacks two projections to one head; two norms of keys and values come with CLA.
     assert mqa["parameters"] - cla["parameters"] == 2 * 32 * 32 - 32
+
+
+def test_resume_trains_only_what_is_missing(tmp_path):
+    from arms import QUICK
+    from compare import Runs
+
+    class Pool:
+        """Trains at once, and by counting."""
+
+        def submit(self, train, settings, arm, rate, seed, tokens):
+            asked.append((arm, rate, seed))
+            future = Future()
+            run = {"arm": arm, "rate": rate, "seed": seed}
+            future.set_result(run | {"loss": float(len(asked)), "parameters": 7})
+            return future
+
+    asked = []
+    path, jobs = tmp_path / "runs.jsonl", [("MQA", 1e-3, 0), ("MQA", 1e-3, 1), ("MQA", 2e-3, 1)]
+    first = Runs(QUICK, tmp_path, path, resume=False).of(jobs[:2], Pool())
+    assert sorted(run["loss"] for run in first) == [1.0, 2.0]
+    again = Runs(QUICK, tmp_path, path, resume=True).of(jobs, Pool())
+    assert asked == jobs
+    assert sorted(run["loss"] for run in again) == [1.0, 2.0, 3.0]
+    other = Runs(replace(QUICK, steps=5), tmp_path, path, resume=True).of(jobs[:1], Pool())
+    assert asked == [*jobs, jobs[0]]
+    assert sorted(run["loss"] for run in other) == [4.0]
 
 
 def test_learning_rate_comes_from_the_grid_and_the_loss_from_fresh_seeds():
