@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,7 +34,8 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import (
     TextGenerationController,
 )
-from megatron.core.transformer import attention
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import attention, dot_product_attention
 
 from tests.megatron import cla_cases, ladder_cases
 from tests.megatron.cla_cases import build
@@ -184,12 +186,61 @@ def fallback(feature: CrossLayerAttention | None) -> dict[str, Any]:
     return {"raised": "", "warned": told[0] if told else ""}
 
 
+def packed() -> dict[str, Any]:
+    """Two sequences packed into one, against each alone. Megatron's local core attention takes no
+    packed sequences; written out, it does."""
+    feature, _, options = AGAINST_RECURRENCE["one-group"]
+    model = build(feature, None, **options)
+    tokens, positions, mask = inputs()
+    ends = [0, 10, SEQUENCE]
+    starts = torch.tensor(ends, dtype=torch.int32)
+
+    def core_attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        parts = []
+        for first, end in itertools.pairwise(ends):
+            scores = torch.einsum(
+                "qhd,khd->hqk",
+                *(
+                    x[first:end].repeat_interleave(query.shape[1] // x.shape[1], 1)
+                    for x in (query, key)
+                ),
+            )
+            scores = scores * query.shape[-1] ** -0.5
+            length = end - first
+            weights = scores.masked_fill(mask[0, 0, :length, :length], float("-inf")).softmax(-1)
+            values = value[first:end].repeat_interleave(query.shape[1] // value.shape[1], 1)
+            parts.append(torch.einsum("hqk,khd->qhd", weights, values).flatten(1))
+        return torch.cat(parts)
+
+    one = [
+        model(
+            tokens[:1, first:end],
+            positions[:1, : end - first],
+            mask[..., : end - first, : end - first],
+        )
+        for first, end in itertools.pairwise(ends)
+    ]
+    expected = torch.cat(one, dim=1)
+    places = torch.cat([torch.arange(end - first) for first, end in itertools.pairwise(ends)])
+    lengths = dict(max_seqlen_q=10, max_seqlen_kv=10, cu_seqlens_q=starts, cu_seqlens_kv=starts)
+    upstream = dot_product_attention.DotProductAttention.forward
+    dot_product_attention.DotProductAttention.forward = core_attention
+    found = model(
+        tokens[:1], places[None], None, packed_seq_params=PackedSeqParams("thd", **lengths)
+    )
+    dot_product_attention.DotProductAttention.forward = upstream
+    return {"logits": (found - expected).abs().max().item() / expected.abs().max().item()}
+
+
 def cases() -> dict[str, Callable[[], dict[str, Any]]]:
     found: dict[str, Callable[[], dict[str, Any]]] = {
         f"dynamic inference {name}": functools.partial(decode, *AGAINST_RECURRENCE[name])
         for name in DYNAMIC_INFERENCE
     }
     found["dynamic inference standard"] = lambda: decode(None, None, {})
+    found["packed"] = packed
     found["fused rope"] = fused_rope
     found["fallback"] = lambda: fallback(CrossLayerAttention(2))
     found["standard fallback"] = lambda: fallback(None)

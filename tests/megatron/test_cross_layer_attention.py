@@ -116,6 +116,10 @@ def test_dynamic_caches_are_those_of_producers(cases: dict[str, Any], name: str)
     assert case["blocks"] * producers == standard["blocks"] * LAYERS
 
 
+def test_packed_sequences_are_as_each_alone(cases: dict[str, Any]) -> None:
+    assert cases["packed"]["logits"] <= 1e-6
+
+
 def test_the_static_engine_does_not_fall_back_in_silence(cases: dict[str, Any]) -> None:
     assert "Error initializing dynamic engine" in cases["standard fallback"]["warned"]
     assert "Error initializing dynamic engine" in cases["fallback"]["raised"]
