@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_plugins import checkpoints
 from megatron_plugins.cross_layer_attention import REFUSED, attention, groups, inference, transform
 from megatron_plugins.refusals import refuse
 from tests.megatron.harness import TINY
@@ -193,6 +194,36 @@ def test_operations_and_memory_of_the_training_log(validated: Validated, gqa: An
     memory = [compute_weight_and_optimizer_memory(args) for args in (stock, shared)]
     assert memory[0] - memory[1] == pytest.approx(18 * absent)
     assert shared.num_query_groups == groups_before
+
+
+def namespace(**values: object) -> Namespace:
+    on = {"cross_layer_attention": True} if values else {}
+    return Namespace(num_layers=4, finetune=True, **on, **values)
+
+
+@pytest.mark.parametrize(
+    ("run", "saved"),
+    [
+        ({}, {"cla_sharing_factor": 2}),
+        ({"cla_sharing_factor": 4}, {"cla_sharing_factor": 2}),
+        ({"cla_sharing_factor": 2, "cla_kv_norm": "separate"}, {"cla_sharing_factor": 2}),
+    ],
+    ids=["off", "other groups", "other norm"],
+)
+def test_other_tensors_are_no_start_for_finetuning(run: Any, saved: Any) -> None:
+    with pytest.raises(ConfigError, match=r"has --cross-layer-attention .*: it has other tensors"):
+        checkpoints.check(namespace(**run), namespace(**saved), "/ckpt")
+
+
+def test_checkpoints_of_equal_groups_are_equal() -> None:
+    factor, pattern = {"cla_sharing_factor": 2}, {"cla_pattern": "0,0,2,2"}
+    checkpoints.check(namespace(**factor), namespace(**pattern), "/ckpt")
+
+
+def test_a_standard_checkpoint_is_converted_first() -> None:
+    command = "megatron_plugins.convert --load /ckpt --save NEW --cross-layer-attention"
+    with pytest.raises(ConfigError, match=f"{command} --cla-sharing-factor 3 --cla-kv-norm shared"):
+        checkpoints.check(namespace(cla_sharing_factor=3), namespace(), "/ckpt")
 
 
 def test_specs_with_roles_are_left_alone() -> None:
