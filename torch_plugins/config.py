@@ -246,8 +246,8 @@ MUP_PRESETS = {
     "1b": MupPreset(0.22),
     "1b-moe": MupPreset(0.28),
 }
-"""PowerLM-3B, PowerMoE-3B, and the 1B models, dense and mixture-of-experts. PowerLM-3B is 2304 wide,
-which makes its width multiplier 9; the paper prints 8."""
+"""PowerLM-3B, PowerMoE-3B, and the 1B models, dense and mixture-of-experts. The width multiplier of
+PowerLM-3B, 2304 wide, is 9 by these; the paper prints 8."""
 
 
 @dataclass(frozen=True)
