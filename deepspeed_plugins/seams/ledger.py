@@ -122,6 +122,29 @@ USED: tuple[Symbol, ...] = (
         remove_when="never",
     ),
     _Symbol(
+        id="ds-consolidate",
+        targets=("deepspeed.utils.zero_to_fp32:get_fp32_state_dict_from_zero_checkpoint",),
+        feature="any",
+        why="whole weights of a checkpoint, for export_hf",
+        remove_when="never",
+        relies_on=("lazy_mode",),
+    ),
+    *(
+        _Symbol(
+            id=f"ds-pickled-{name}",
+            targets=(f"deepspeed.{module}:{name}",),
+            feature="any",
+            why="checkpoints may name it; export_hf refuses all but tensors, numbers and these",
+            remove_when="checkpoints hold tensors and numbers only",
+        )
+        for module, name in (
+            ("runtime.fp16.loss_scaler", "LossScaler"),
+            ("runtime.fp16.loss_scaler", "DynamicLossScaler"),
+            ("runtime.zero.config", "ZeroStageEnum"),
+            ("utils.tensor_fragment", "fragment_address"),
+        )
+    ),
+    _Symbol(
         id="ds-batch-size",
         targets=("deepspeed.runtime.engine:DeepSpeedEngine.train_batch_size",),
         feature="power_lr",

@@ -42,7 +42,7 @@ def cases(request, recorded):
 
 def test_every_feature_trains_as_plain_torch_does(cases):
     """ZeRO 0 to 3: losses and parameters after 4 steps; engines sum in another order."""
-    assert len(cases["torch"]) == 12
+    assert len(cases["torch"]) == {1: 4, 2: 12}[len(cases["logs"])]
     for name, seen in cases["torch"].items():
         assert seen["losses"] < 1e-5, name
         assert seen["parameters"] < 1e-4, name
@@ -55,13 +55,13 @@ def test_a_resumed_run_ends_as_the_straight_one(cases):
         assert seen["state"] == {"mine": int(name[-1])}
 
 
-def test_one_line_per_feature_from_rank_0(cases):
-    lines = cases["logs"][0].splitlines()
+def test_one_line_per_feature_from_rank_0(recorded):
+    lines = recorded[2]["logs"][0].splitlines()
     assert "ladder-residual: 4 of 4 layers" in lines
     sharing = "cross-layer-attention: 2 of 4 layers share keys and values (producers 0, 2)"
     assert sharing in lines
     assert f"{sharing}, kv norm of their own" in lines
-    assert not any("ladder-residual" in log for log in cases["logs"][1:])
+    assert not any("ladder-residual" in log for log in recorded[2]["logs"][1:])
 
 
 def test_optimizers_hold_what_the_converted_model_has(recorded):
@@ -199,8 +199,8 @@ def test_exports_are_refused_by_name(recorded, tmp_path, capsys):
 
     assert "a stock model is exported by DeepSpeed's zero_to_fp32.py" in said(folder / "standard")
     assert "no file 'latest'" in said(tmp_path)
-    assert "no such checkpoint" in said("--tag", "none", folder / "both-1")
-    shutil.copytree(folder / "both-1" / "half", tmp_path / "bad")
+    assert "no such checkpoint" in said("--tag", "none", folder / "ladder-1")
+    shutil.copytree(folder / "ladder-1" / "half", tmp_path / "bad")
     (tmp_path / "bad" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(
         pickle.dumps(Path("evil"))
     )

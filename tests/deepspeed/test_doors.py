@@ -14,7 +14,7 @@ from tests.megatron.harness import free_port, launch
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "power_lr"
-SCRIPT = EXAMPLE / "train_deepspeed.py"
+SCRIPT = ROOT / "examples" / "deepspeed" / "train_deepspeed.py"
 ACTIVE = "power-lr: peak 0.01, a 4, b -0.51, "
 LAUNCHER = (sys.executable, "-m", "deepspeed.launcher.runner")
 """What the command ``deepspeed`` runs."""

@@ -161,7 +161,13 @@ def test_auto_classes_find_the_decoder(make_model, tmp_path):
 def test_example(tmp_path, flags, line):
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question. " * 100)
-    command = (EXAMPLE / "train_hf.py", "--text", text, "--output_dir", tmp_path / "out")
+    command = (
+        ROOT / "examples/deepspeed/train_hf.py",
+        "--text",
+        text,
+        "--output_dir",
+        tmp_path / "out",
+    )
     settings = ("--learning_rate", 0.01, "--max_steps", 24, "--report_to", "none", "--use_cpu")
     site = str(ROOT / "tests" / "deepspeed" / "site")
     environment = {"PYTHONPATH": site, "TORCH_EXTENSIONS_DIR": str(tmp_path), "LOCAL_RANK": "0"}

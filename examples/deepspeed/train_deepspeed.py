@@ -1,7 +1,7 @@
-"""A byte-level language model trained by a bare ``deepspeed.initialize``: everything that a plugin
-changes stands in the JSON.
+"""A byte-level Llama trained by a bare ``deepspeed.initialize``: everything that a plugin changes
+stands in the JSON.
 
-    deepspeed train_deepspeed.py --deepspeed_config ds_config.json --text FILE
+    deepspeed train_deepspeed.py --deepspeed_config ../FEATURE/ds_config.json --text FILE --save out
 """
 
 import argparse
@@ -9,30 +9,20 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from torch import nn
-from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
-class ByteModel(nn.Module):
-    """Two transformer layers over bytes; returns the loss."""
-
-    def __init__(self, width: int, length: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(256, width)
-        self.place = nn.Parameter(0.02 * torch.randn(length, width))
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(width, 256)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        mask = nn.Transformer.generate_square_subsequent_mask(inputs.shape[1])
-        hidden = self.layers(
-            self.embed(inputs) + self.place, mask.to(inputs.device), is_causal=True
-        )
-        return F.cross_entropy(self.head(hidden).flatten(0, 1), targets.flatten())
+def build(width: int, length: int) -> LlamaForCausalLM:
+    """A Llama of four layers over bytes."""
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=length,
+    )
+    return LlamaForCausalLM(config)
 
 
 def main() -> None:
@@ -47,12 +37,12 @@ def main() -> None:
     options = deepspeed.add_config_arguments(parser).parse_args()
 
     torch.manual_seed(0)
-    model = ByteModel(options.width, options.sequence_length)
+    model = build(options.width, options.sequence_length)
     engine, _, _, _ = deepspeed.initialize(options, model, model_parameters=model.parameters())
     if options.load:
         engine.load_checkpoint(options.load)
     data = torch.frombuffer(bytearray(options.text.read_bytes()), dtype=torch.uint8).long()
-    length, batch = options.sequence_length + 1, engine.train_micro_batch_size_per_gpu()
+    length, batch = options.sequence_length, engine.train_micro_batch_size_per_gpu()
     rank, ranks = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     while engine.global_steps < options.steps:
         step = engine.global_steps
@@ -60,7 +50,8 @@ def main() -> None:
             generator = torch.Generator().manual_seed((step * 1000 + part) * ranks + rank)
             starts = torch.randint(len(data) - length, (batch,), generator=generator)
             tokens = torch.stack([data[start : start + length] for start in starts])
-            loss = engine(tokens.to(engine.device))
+            tokens = tokens.to(engine.device)
+            loss = engine(input_ids=tokens, labels=tokens).loss
             rate = engine.get_lr()[0]
             engine.backward(loss)
             engine.step()

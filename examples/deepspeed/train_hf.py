@@ -4,6 +4,9 @@ the arguments, or in a DeepSpeed JSON.
     python train_hf.py --text FILE --output_dir out --max_steps 100 \\
         --learning_rate 0.01 --lr_scheduler_type power \\
         --lr_scheduler_kwargs '{"sequence_length": 128, "decay_num_steps": 20}'
+
+    python train_hf.py --text FILE --output_dir out --max_steps 100 --learning_rate 0.003 \\
+        --per_device_train_batch_size 8 --deepspeed ../FEATURE/ds_config.json
 """
 
 from dataclasses import dataclass, field
@@ -41,12 +44,13 @@ def main() -> None:
         vocab_size=256,
         hidden_size=64,
         intermediate_size=192,
-        num_hidden_layers=2,
+        num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=data.sequence_length,
     )
     trainer = Trainer(LlamaForCausalLM(config), arguments, train_dataset=Bytes(data))
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()
 
 
 if __name__ == "__main__":
