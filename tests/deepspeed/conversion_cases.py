@@ -42,6 +42,8 @@ BOTH = LADDER | {"cross_layer_attention": {"sharing_factor": 2, "kv_norm": "sepa
 FEATURES = {"ladder": (LLAMA, LADDER), "sharing": (GRANITE, SHARED), "both": (QWEN3, BOTH)}
 STAGES = range(4)
 STEPS, STOP, RATE = 4, 2, 0.01
+OLD = deepspeed.__version__ < "0.19"
+"""Its Muon refuses ZeRO 3."""
 
 
 def stock(family=LLAMA, seed=7):
@@ -169,7 +171,7 @@ def optimizers():
     }
     result = {}
     for name, way in ways.items():
-        for stage in (1, 3):
+        for stage in (1,) if name == "muon" and OLD else (1, 3):
             model = stock(QWEN3)
             options = way(model)
             zero = {"stage": stage, "reduce_scatter": False}
@@ -317,6 +319,7 @@ def without_section():
 
 def main(record, folder):
     warnings.simplefilter("ignore")
+    torch._dynamo.config.disable = True  # Muon would compile for longer than all else takes
     deepspeed.init_distributed("gloo")
     result = {"refused": refused()}
     if dist.get_world_size() == 1:
