@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import io
 import os
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -46,7 +47,11 @@ def examine(symbol: Symbol, disabled: bool) -> dict[str, Any]:
     for target in symbol.targets:
         module_name, _, attribute = target.partition(":")
         try:
-            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(sys.__stderr__),  # some modules ask for its descriptor
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")
                 module = importlib.import_module(module_name)
         except Exception as problem:
