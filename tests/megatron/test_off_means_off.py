@@ -55,7 +55,9 @@ def test_losses_are_bitwise_those_of_a_run_without_the_plugins(tmp_path):
     )
     flags = ("--hidden-dropout", 0.1, "--num-experts", 4, "--disable-bias-linear")
     installed = train(*flags)
-    without = train(*flags, script=bare, environment={"MEGATRON_PLUGINS_DISABLE": "1"})
+    hosts = ("MEGATRON", "DEEPSPEED", "TORCH")
+    off = {f"{host}_PLUGINS_DISABLE": "1" for host in hosts}
+    without = train(*flags, script=bare, environment=off)
     assert "SEAMS ['torch_plugins.seams.watcher']" in without.output
     assert "ladder_residual" not in without.output
     assert "ladder_residual ................................. False" in installed.output
