@@ -193,19 +193,22 @@ def optimizers():
 
 
 def partitioned(folder):
-    """Losses of models whose weights zero.Init partitioned before the engine converts them, against
-    those that were whole."""
+    """Losses of a model whose weights zero.Init partitioned before the engine converts it, against
+    those of one that was whole."""
     mean = BOTH | {"kv_init": "mean"}
     json_file = settings(3, mean)
-    expected = train(build(3, mean, stock(QWEN3)))
+    expected = train(build(3, mean, stock(GRANITE)))
     if dist.get_rank() == 0:
-        stock(QWEN3).save_pretrained(folder / "stock")
+        stock(GRANITE).save_pretrained(folder / "stock")
     dist.barrier()
     keep = HfDeepSpeedConfig(json_file)  # while it lives, from_pretrained partitions
     model = AutoModelForCausalLM.from_pretrained(folder / "stock")
     del keep
     shapes = {tuple(p.shape) for p in model.parameters()}
-    losses = train(build(3, mean, model))
+    engine = build(3, mean, model)
+    losses = train(engine)
+    engine.save_checkpoint(str(folder / "both-partitioned"))
+    logits(engine, folder / "logits-partitioned.pt")
     return {"shapes": sorted(shapes), "losses": apart(losses, expected)}
 
 

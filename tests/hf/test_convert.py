@@ -213,6 +213,7 @@ def test_saved_and_loaded_it_computes_the_same(tokens, tmp_path, family):
     build(FAMILIES[family]).save_pretrained(tmp_path / "stock")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
     convert(model, [LADDER, SEPARATE])
+    assert model.config.model_type == "plugin_decoder"
     model.save_pretrained(tmp_path / "converted")
     assert (tmp_path / "converted" / "modeling_plugin_decoder.py").is_file()
     again, report = AutoModelForCausalLM.from_pretrained(

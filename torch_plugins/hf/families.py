@@ -43,6 +43,9 @@ RENAMED = ("rms_norm_eps", "head_dim")
 NEUTRAL = ("pretraining_tp", "use_sliding_window", "max_window_layers")
 """Declared by a family, and without influence on a model that has no sliding window."""
 
+OF_THE_FAMILY = ("architectures", "auto_map", "model_type", "transformers_version")
+"""Attributes of a loaded configuration that say what it is one of."""
+
 FIXED: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": True, "attention_output_bias": False},
     "qwen3": {"qk_norm": True},
@@ -76,7 +79,7 @@ def decoder_config(model: Any) -> PluginDecoderConfig:
     result = PluginDecoderConfig(**fields | FIXED.get(family, {}))
     declared = _declared(config)
     for name, value in vars(config).items():
-        if name not in declared and name not in ("architectures", "auto_map"):
+        if name not in declared and name not in OF_THE_FAMILY:
             setattr(result, name, value)
     return result
 
