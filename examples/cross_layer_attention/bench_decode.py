@@ -183,6 +183,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FormatStrFormatter
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), dpi=150, layout="constrained")
     for kind in CACHES:
@@ -191,16 +192,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for arm in ARMS:
             style = {"color": COLOURS[arm], "linestyle": "-" if kind == "dynamic" else ":"}
             style["marker"] = "o" if kind == "dynamic" else "x"
-            right.plot(
-                contexts, [r["speedup"][arm] for r in points], label=f"{arm}, {kind}", **style
-            )
+            if arm != "GQA":
+                ratios = [row["speedup"][arm] for row in points]
+                right.plot(contexts, ratios, label=f"{arm}, {kind}", **style)
             if kind == "dynamic":
                 stored = [row["bytes"][arm] / 2**20 for row in points]
                 left.plot(contexts, stored, label=arm, **style)
     left.set_yscale("log", base=2)
+    left.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     left.set_ylabel("MiB of keys and values")
     left.set_title("cache")
-    right.axhline(1, color="black", linewidth=0.8)
+    right.axhline(1, color=COLOURS["GQA"], linewidth=1.2)
     right.set_ylabel("tokens per second / those of GQA")
     right.set_title("decoding speed")
     for axes in (left, right):

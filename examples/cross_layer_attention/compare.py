@@ -43,12 +43,14 @@ class Runs:
 
     Args:
         path: one JSON line per run.
-        resume: start from the runs that are there already, if their settings are these.
+        resume: start from the runs that are there already, if their settings are these; the grid
+            and the seeds may be others.
     """
 
     def __init__(self, settings: Settings, tokens: Path, path: Path, resume: bool) -> None:
         self.settings, self.tokens, self.path = settings, tokens, path
-        self.identity = json.loads(json.dumps(asdict(settings)))
+        fields = asdict(settings).items()
+        self.identity = {k: v for k, v in fields if k not in ("learning_rates", "seeds")}
         old = path.read_text().splitlines() if resume and path.exists() else []
         self.done = [r for r in map(json.loads, old) if r["settings"] == self.identity]
         path.write_text("".join(json.dumps(run) + "\n" for run in self.done))

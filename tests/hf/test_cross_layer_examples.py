@@ -65,6 +65,21 @@ def test_comparison(monkeypatch, tmp_path, capsys):
     assert mqa["parameters"] - cla["parameters"] == 2 * 32 * 32 - 32
 
 
+def test_uptraining(monkeypatch, tmp_path, capsys):
+    import uptrain
+
+    monkeypatch.setattr(sys, "argv", ["uptrain.py", "--quick", "--output", str(tmp_path)])
+    uptrain.main()
+    assert "20% of 20 steps" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "uptrain.json").read_text())["rows"]
+    losses = {(row["start"], row["fraction"]): row["loss"] for row in rows}
+    assert len(rows) == len(losses) == 9
+    assert len(set(losses.values())) == 9
+    for start in uptrain.STARTS:
+        assert losses[start, 0.2] < losses[start, 0.0]
+    assert min(losses["first", 0.0], losses["mean", 0.0]) > losses["stock", 0.0]
+
+
 def test_resume_trains_only_what_is_missing(tmp_path):
     from arms import QUICK
     from compare import Runs
