@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepspeed_plugins.features import APPLY_TO, KV_INIT, SECTION, available, choice
 from deepspeed_plugins.parameters import follow
+from deepspeed_plugins.seams import versions
 from torch_plugins.config import ConfigError, Feature
 
 if TYPE_CHECKING:
@@ -89,11 +90,38 @@ def check(features: Mapping[str, Feature], config: Any, model: Any) -> None:
         raise ConfigError(
             f"{names}: a PipelineModule is cut into stages and cannot be converted; use ZeRO"
         )
-    tensor_parallel = config.tensor_parallel_config
-    if tensor_parallel.autotp_size > 1:
+    check_tensor_parallel(names, config.tensor_parallel_config, model)
+
+
+def check_tensor_parallel(names: str, settings: Any, model: Any) -> None:
+    """Refuse what AutoTP could not do with the converted model, which it shards by the decoder's
+    own plan.
+
+    Raises:
+        ConfigError: names the key of the JSON and the remedy.
+    """
+    size = settings.autotp_size
+    if size <= 1:
+        return
+    told = f"{names} with tensor_parallel.autotp_size {size}"
+    version = versions.installed()
+    if version is not None and version < versions.AUTOTP_OLDEST:
         raise ConfigError(
-            f"{names} with tensor_parallel.autotp_size {tensor_parallel.autotp_size}: AutoTP knows "
-            "stock models only; drop tensor_parallel and use ZeRO"
+            f"{told}: this deepspeed {versions.text(version)} was not tested with it; install "
+            f"{versions.text(versions.AUTOTP_OLDEST)}, or drop tensor_parallel and use ZeRO"
+        )
+    for key in ("preset_model", "partition_config"):
+        value = getattr(settings, key)
+        if value is not None:
+            raise ConfigError(
+                f"{told}: tensor_parallel.{key} {value!r} is in the way of the decoder's own plan, "
+                f"which knows the parameters that are added; drop {key}"
+            )
+    heads = getattr(getattr(model, "config", None), "num_key_value_heads", size)
+    if size > heads:
+        raise ConfigError(
+            f"{told}: the model has {heads} key-value heads, and a rank would have none; use "
+            f"autotp_size {heads} at most"
         )
 
 

@@ -9,6 +9,7 @@ It may define
 
 - ``from_config(config)``: the settings, or None while off, where they do not stand in the section;
 - ``validate(settings, engine_arguments)``: raise before the engine builds anything;
+- ``finish(settings, engine)``: change the engine once it is built;
 - ``describe(settings, engine)``: its line at the start of a run, after checking that it is active.
 """
 

@@ -38,6 +38,10 @@ def build_engine(original: Callable[..., Any], engine: Any, *args: Any, **kwargs
             validate(settings, call.arguments)
     convert_model(features, call.arguments)
     original(*call.args, **call.kwargs)
+    for key, settings in features.items():
+        finish = getattr(adapter(key), "finish", None)
+        if finish is not None:
+            finish(settings, engine)
     report(features, engine)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +38,44 @@ class Checkpoint:
         if not models:
             raise ConfigError(f"{self.folder}: no *_model_states.pt of DeepSpeed in it")
         self.optimizers = sorted(self.folder.glob("*_optim_states.pt"))
-        self._state = read(models[0])
-        for file in (*models[1:], *self.optimizers):
+        self._states = [read(model) for model in models]
+        for file in self.optimizers:
             read(file)
-        record = self._state.get(RECORD)
+        state = self._states[0]
+        record = state.get(RECORD)
         if record is None:
             raise ConfigError(
                 f"{self.folder}: no model of the plugins in it ({models[0].name} has no {RECORD}); "
                 "a stock model is exported by DeepSpeed's zero_to_fp32.py"
             )
         self.config: dict[str, Any] = record
+        self._ranks = int(state.get("mp_world_size") or 1)
+        if self._ranks > 1 and models[0].name.startswith("zero_pp_rank"):
+            raise ConfigError(
+                f"{self.folder}: ZeRO 3 has cut what tensor parallelism over {self._ranks} ranks "
+                "had cut; gather it where it trains, by Trainer.save_model or "
+                "engine.save_16bit_model"
+            )
 
-    def weights(self) -> Mapping[str, Any]:
+    def weights(self, expected: Mapping[str, Tensor]) -> Mapping[str, Any]:
         """By Hugging Face name: a tensor, or what becomes one by ``contiguous()``; fp32 where ZeRO
-        keeps fp32 weights, else as trained.
+        keeps fp32 weights, else as trained, and as trained if tensor parallelism cut them.
+
+        Args:
+            expected: the whole tensors, without memory.
 
         Raises:
             ConfigError: DeepSpeed cannot consolidate the files.
         """
+        if self._ranks > 1:
+            ranks = [state["module"] for state in self._states]
+            return {
+                name: Shards(name, [rank[name] for rank in ranks], expected[name].shape)
+                for name in expected
+                if all(name in rank for rank in ranks)
+            }
         if not self.optimizers:  # ZeRO 0 keeps whole weights
-            return dict(self._state["module"])
+            return dict(self._states[0]["module"])
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         with contextlib.redirect_stdout(sys.stderr):
@@ -67,6 +86,35 @@ class Checkpoint:
             except (ValueError, OSError, KeyError) as error:
                 raise ConfigError(f"{self.folder}: DeepSpeed says {error}") from error
         return found
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A tensor that tensor parallelism has cut along one dimension, or left whole."""
+
+    name: str
+    parts: list[Tensor]
+    """By rank."""
+    shape: torch.Size
+    """Of the whole."""
+
+    def contiguous(self) -> Tensor:
+        """The whole tensor.
+
+        Raises:
+            ConfigError: the parts do not make one, or ranks differ in a tensor that was not cut.
+        """
+        first = self.parts[0]
+        if first.shape == self.shape and all(map(first.equal, self.parts)):
+            return first.contiguous()
+        cut = [dim for dim, size in enumerate(first.shape) if size != self.shape[dim]]
+        whole = torch.cat(self.parts, cut[0]) if len(cut) == 1 else None
+        if whole is None or whole.shape != self.shape:
+            found = [tuple(part.shape) for part in self.parts]
+            raise ConfigError(
+                f"{self.name} of the ranks, {found}, is no tensor {tuple(self.shape)} cut once"
+            )
+        return whole
 
 
 class Weights:

@@ -76,7 +76,7 @@ def export(
     with torch.device("meta"):
         model = PluginDecoderForCausalLM(config)
     expected = dict(model.named_parameters())  # a tied head is named once
-    tensors = Weights(checkpoint.weights(), expected, config.dtype)
+    tensors = Weights(checkpoint.weights(expected), expected, config.dtype)
     with new_folder(output, force) as folder:
         model_type = write_model(folder, config, tensors, files, max_shard_size, progress)
         progress("comparing logits of the written folder and the naive reference")

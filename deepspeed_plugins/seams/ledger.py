@@ -115,6 +115,21 @@ USED: tuple[Symbol, ...] = (
         remove_when="never",
     ),
     _Symbol(
+        id="ds-tensor-parallel",
+        targets=("deepspeed.module_inject.layers:LinearAllreduce.forward",),
+        feature="ladder_residual",
+        why="its subclass starts the all-reduce of AutoTP and leaves the wait to the ladder",
+        remove_when="AutoTP can leave the wait to the caller",
+        relies_on=("RowParallel.apply(self.mp_group", "self.weight", "self.bias"),
+    ),
+    _Symbol(
+        id="ds-tensor-parallel-size",
+        targets=("deepspeed.runtime.engine:DeepSpeedEngine.autotp_size",),
+        feature="ladder_residual",
+        why="whether AutoTP has sharded the engine's model, by the decoder's base_model_tp_plan",
+        remove_when="never",
+    ),
+    _Symbol(
         id="ds-zero",
         targets=("deepspeed.runtime.zero.partition_parameters:GatheredParameters",),
         feature="cross_layer_attention",

@@ -8,6 +8,8 @@ import sys
 
 OLDEST = (0, 18, 6)
 NEWEST = (0, 19)
+AUTOTP_OLDEST = (0, 19, 8)
+"""Whose AutoTP reads the decoder's plan, with norms on local heads and tied weights."""
 
 
 def installed() -> tuple[int, ...] | None:

@@ -236,10 +236,13 @@ def again():
     return {"same": same, "losses": apart(train(second), expected)}
 
 
+def parallel(tensor_parallel):
+    return settings(0, LADDER, tensor_parallel=tensor_parallel)
+
+
 def refused():
     """What stops an engine before it changes the model, by case."""
     pipeline = deepspeed.pipe.PipelineModule([torch.nn.Linear(8, 8)], num_stages=1)
-    parallel = settings(0, LADDER, tensor_parallel={"autotp_size": dist.get_world_size()})
     cases = {
         "unknown": (stock(), {"laddr_residual": {}}),
         "field": (stock(), {"ladder_residual": {"layer": "all"}}),
@@ -254,7 +257,14 @@ def refused():
         "pipeline": (pipeline, LADDER),
     }
     if dist.get_world_size() > 1:
-        cases = {"autotp": (stock(), parallel)}
+        cut = {"autotp_size": 2}
+        plan = {"layer_specs": [{"patterns": [".*o_proj.weight$"], "partition_type": "row"}]}
+        one_head = stock(LlamaConfig(**SIZES | {"num_key_value_heads": 1}))
+        cases = {
+            "preset": (stock(), parallel(cut | {"preset_model": "llama"})),
+            "plan": (stock(), parallel(cut | {"partition_config": plan})),
+            "heads": (one_head, parallel(cut)),
+        }
     messages = {}
     for name, (model, section) in cases.items():
         kind = type(model)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from deepspeed_plugins import export_hf
 from deepspeed_plugins.features import features_of
 from deepspeed_plugins.parameters import follow
+from deepspeed_plugins.seams import versions
 from tests.deepspeed.trainer_cases import Pieces
 from tests.megatron.harness import launch
 from torch_plugins.config import ConfigError, CrossLayerAttention, LadderResidual
@@ -125,7 +126,16 @@ def test_refused_by_name(recorded):
     assert recorded[1]["refused"].keys() == REFUSED.keys()
     for name, message in REFUSED.items():
         assert message in recorded[1]["refused"][name]
-    assert "tensor_parallel.autotp_size 2: AutoTP knows" in recorded[2]["refused"]["autotp"]
+    tensor_parallel = {
+        "preset": "tensor_parallel.preset_model 'llama' is in the way",
+        "plan": "drop partition_config",
+        "heads": "use autotp_size 1 at most",
+    }
+    old = versions.installed() < versions.AUTOTP_OLDEST
+    for name, message in tensor_parallel.items():
+        seen = recorded[2]["refused"][name]
+        assert "ladder_residual with tensor_parallel.autotp_size 2: " in seen
+        assert ("was not tested with it" if old else message) in seen
 
 
 def test_the_section_gives_the_features_of_megatrons_flags():
