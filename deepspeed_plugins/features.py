@@ -28,6 +28,9 @@ APPLY_TO, KV_INIT = "apply_to", "kv_init"
 CHOICES = {APPLY_TO: ("trained", "all"), KV_INIT: ("first", "mean")}
 """Keys beside the features: which engines are converted, and how keys and values of producers
 start; the default is the first."""
+MICRO_BATCHES = "aux_micro_batches"
+"""Key beside the features: micro-batches that a script accumulates by hand, see
+:mod:`deepspeed_plugins.auxiliary_loss`."""
 
 
 def adapter(key: str) -> ModuleType:
@@ -53,11 +56,13 @@ def features_of(config: Mapping[str, Any]) -> dict[str, Any]:
     _refuse_auto(section)
     for key in CHOICES:
         choice(config, key)
+    micro_batches(config)
     known = available()
     elsewhere = {key for key in known if hasattr(adapter(key), "from_config")}
+    beside = [*CHOICES, MICRO_BATCHES]
     for key in section:
-        if key not in CHOICES:
-            _check_key(key, [*(name for name in known if name not in elsewhere), *CHOICES])
+        if key not in beside:
+            _check_key(key, [*(name for name in known if name not in elsewhere), *beside])
     if SECTION in config and not section.keys() - CHOICES.keys():
         raise ConfigError(f"{SECTION} {dict(section)}: names no feature; drop it, or add one")
     if KV_INIT in section and CrossLayerAttention.key() not in section:
@@ -84,6 +89,18 @@ def choice(config: Mapping[str, Any], key: str) -> str:
         hint = did_you_mean(str(value), list(CHOICES[key]))
         raise ConfigError(f"{SECTION}.{key} {value!r}: unknown{hint}")
     return str(value)
+
+
+def micro_batches(config: Mapping[str, Any]) -> int | None:
+    """The value of :data:`MICRO_BATCHES`, or None.
+
+    Raises:
+        ConfigError: no positive integer.
+    """
+    value = config.get(SECTION, {}).get(MICRO_BATCHES)
+    if value is not None and (type(value) is not int or value < 1):
+        raise ConfigError(f"{SECTION}.{MICRO_BATCHES} {value!r}: must be a positive integer")
+    return value
 
 
 def _refuse_auto(section: Mapping[str, Any], at: str = SECTION) -> None:

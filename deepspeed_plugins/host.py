@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from deepspeed_plugins import auxiliary_loss
 from deepspeed_plugins.conversion import convert_model
 from deepspeed_plugins.features import adapter, available, features_of
 from deepspeed_plugins.seams.requirements import require
@@ -21,10 +22,12 @@ def read_config(original: Callable[..., Any], config: Any, *args: Any, **kwargs:
     """
     original(config, *args, **kwargs)
     features_of(config._param_dict)
+    auxiliary_loss.check_accumulation(config)
 
 
 def build_engine(original: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) -> None:
-    """Wrap of ``DeepSpeedEngine.__init__``: rank 0 prints one line per active feature.
+    """Wrap of ``DeepSpeedEngine.__init__``: rank 0 prints one line per active feature,
+    and one for auxiliary losses.
 
     Raises:
         ConfigError: a feature cannot work, before anything is built; or it is on and inactive.
@@ -37,12 +40,16 @@ def build_engine(original: Callable[..., Any], engine: Any, *args: Any, **kwargs
         if validate is not None:
             validate(settings, call.arguments)
     convert_model(features, call.arguments)
+    auxiliary_loss.check(call.arguments)
     original(*call.args, **call.kwargs)
     for key, settings in features.items():
         finish = getattr(adapter(key), "finish", None)
         if finish is not None:
             finish(settings, engine)
     report(features, engine)
+    line = auxiliary_loss.take(engine)
+    if line is not None:
+        print_rank_0(line)
 
 
 def report(features: Mapping[str, Any], engine: Any) -> None:

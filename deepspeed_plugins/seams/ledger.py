@@ -13,6 +13,11 @@ from functools import partial
 from torch_plugins.seams.symbol import Symbol
 
 _Symbol = partial(Symbol, versions="0.18-0.19")
+_AuxiliarySymbol = partial(
+    _Symbol,
+    feature="auxiliary_loss",
+    remove_when="an engine tells its layers what it multiplies the loss by",
+)
 
 HOOKS: tuple[Symbol, ...] = (
     _Symbol(
@@ -75,6 +80,45 @@ HOOKS: tuple[Symbol, ...] = (
         why="as ds-batch",
         remove_when="as ds-batch",
         handler="deepspeed_plugins.power_lr:follow_batch",
+    ),
+    _AuxiliarySymbol(
+        id="ds-aux-backward",
+        targets=("deepspeed.runtime.engine:DeepSpeedEngine.backward",),
+        why="a hook on the loss measures what auxiliary losses are to be multiplied by",
+        handler="deepspeed_plugins.auxiliary_scale:backward",
+    ),
+    _AuxiliarySymbol(
+        id="ds-aux-scale",
+        targets=("deepspeed.runtime.engine:DeepSpeedEngine.scale",),
+        why="as ds-aux-backward, where the script differentiates, and on pipeline stages",
+        handler="deepspeed_plugins.auxiliary_scale:scale",
+        relies_on=("scale_if_loss", "_manual_backward_expected"),
+    ),
+    _AuxiliarySymbol(
+        id="ds-aux-outputs",
+        targets=("deepspeed.runtime.engine:DeepSpeedEngine._backward_prologue",),
+        why="tells the outputs of one forward from those of the next",
+        handler="deepspeed_plugins.auxiliary_scale:outputs",
+        relies_on=("_support_torch_style_backward",),
+    ),
+    _AuxiliarySymbol(
+        id="ds-aux-output",
+        targets=("deepspeed.runtime.engine:DeepSpeedEngine._backward_prologue_per_tensor",),
+        why="divides a backward pass that the script started",
+        handler="deepspeed_plugins.auxiliary_scale:output",
+        relies_on=("gradient_accumulation_steps",),
+    ),
+    _AuxiliarySymbol(
+        id="ds-aux-pipeline",
+        targets=("deepspeed.runtime.pipe.engine:PipelineEngine.train_batch",),
+        why="stages without a loss have none to measure",
+        handler="deepspeed_plugins.auxiliary_scale:train_batch",
+    ),
+    _AuxiliarySymbol(
+        id="ds-aux-step",
+        targets=("deepspeed.runtime.engine:DeepSpeedEngine._take_model_step",),
+        why="gives the monitor the values of each optimizer step",
+        handler="deepspeed_plugins.auxiliary_loss:step",
     ),
 )
 
@@ -158,6 +202,16 @@ USED: tuple[Symbol, ...] = (
             ("runtime.zero.config", "ZeroStageEnum"),
             ("utils.tensor_fragment", "fragment_address"),
         )
+    ),
+    _AuxiliarySymbol(
+        id="ds-monitor",
+        targets=("deepspeed.monitor.monitor:MonitorMaster.write_events",),
+        why="is given the values of auxiliary losses",
+    ),
+    _AuxiliarySymbol(
+        id="ds-stages",
+        targets=("deepspeed.runtime.pipe.topology:PipelineParallelGrid.get_pipe_parallel_group",),
+        why="sums auxiliary losses over stages",
     ),
     _Symbol(
         id="ds-batch-size",

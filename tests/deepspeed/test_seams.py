@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import deepspeed_plugins
-from deepspeed_plugins import doctor
+from deepspeed_plugins import auxiliary_loss, doctor
 from deepspeed_plugins.features import adapter, available
 from deepspeed_plugins.seams import requirements, versions
 from deepspeed_plugins.seams.ledger import HOOKS, REGISTRIES, USED
@@ -35,7 +35,7 @@ def test_ledger_matches_what_is_installed(symbol):
 def test_ledger_ids_are_unique_and_features_exist():
     ids = [symbol.id for symbol in (*HOOKS, *USED, *huggingface.HOOKS)]
     assert len(ids) == len(set(ids))
-    keys = {"any", *(feature.key() for feature in FEATURES)}
+    keys = {"any", auxiliary_loss.KEY, *(feature.key() for feature in FEATURES)}
     assert {symbol.feature for symbol in (*HOOKS, *USED)} <= keys
     assert {mark for _, mark, _ in (*REGISTRIES, *huggingface.REGISTRIES)}.isdisjoint(patch.failed)
 
