@@ -117,6 +117,11 @@ def check_tensor_parallel(names: str, settings: Any, model: Any) -> None:
                 f"{told}: tensor_parallel.{key} {value!r} is in the way of the decoder's own plan, "
                 f"which knows the parameters that are added; drop {key}"
             )
+    if hasattr(model, "peft_config"):
+        raise ConfigError(
+            f"{told}: AutoTP would leave the weights under PEFT's adapters whole; drop "
+            "tensor_parallel and use ZeRO"
+        )
     heads = getattr(getattr(model, "config", None), "num_key_value_heads", size)
     if size > heads:
         raise ConfigError(

@@ -129,10 +129,10 @@ class Weights:
     ) -> None:
         missing = sorted(expected.keys() - found.keys())
         if missing:
-            raise ConfigError(
-                f"the checkpoint lacks {', '.join(missing[:4])}: was it saved with "
-                "exclude_frozen_parameters? Save it without"
-            )
+            remedy = "was it saved with exclude_frozen_parameters? Save it without"
+            if any(name.startswith("base_model.model.") for name in found):
+                remedy = "it holds PEFT's adapters; merge them, by merge_and_unload, and save that"
+            raise ConfigError(f"the checkpoint lacks {', '.join(missing[:4])}: {remedy}")
         self._found, self._expected, self._dtype = found, expected, dtype
 
     def __iter__(self) -> Iterator[str]:

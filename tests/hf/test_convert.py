@@ -262,7 +262,7 @@ REFUSED = {
         LlamaConfig(**SIZES)
     ),
     "a subclass": lambda: type("a subclass", (LlamaForCausalLM,), {})(LlamaConfig(**SIZES)),
-    "PEFT adapters are not supported": lambda: with_attribute("peft_config", {}),
+    "PEFT.s adapters are added to a model that": lambda: with_attribute("peft_config", {}),
     "quantization_config": lambda: quantised(),
     "model.layers.1.mlp is a .*Adapter, not a module of llama": lambda: adapted(),
     "the forward of model.norm was replaced": lambda: patched(),

@@ -27,7 +27,7 @@ from torch import nn
 from ..config import ConfigError, CrossLayerAttention, Feature
 from ..cross_layer_attention import sharing_groups
 from .configuration_plugin_decoder import PluginDecoderConfig
-from .families import decoder_config
+from .families import decoder_config, is_adapted
 from .modeling_plugin_decoder import PluginDecoderForCausalLM, PluginDecoderLayer
 
 KV_INITS = ("first", "mean")
@@ -68,15 +68,16 @@ def convert(
     """Make ``model`` a :class:`PluginDecoderForCausalLM` with ``features``, in place.
 
     A feature replaces what the model's own configuration says of it. A decoder that computes what
-    is asked for already is left alone, whatever wraps its modules meanwhile.
+    is asked for already is left alone, whatever wraps its modules meanwhile, PEFT's adapters too.
 
     Raises:
         ConfigError: the decoder cannot express the model, or its consumers of Cross-Layer Attention
             would need keys and values that it does not have. Nothing is changed then.
     """
     sections = {feature.key(): feature.to_dict() for feature in features}
-    if isinstance(model, PluginDecoderForCausalLM) and _has(model.config, sections):
-        return Conversion(model.config)
+    base = model.get_base_model() if is_adapted(model) else model
+    if isinstance(base, PluginDecoderForCausalLM) and _has(base.config, sections):
+        return Conversion(base.config)
     config = decoder_config(model)
     _check_weights(model, _skeleton(config), storage)
     stock = _sharing(config)

@@ -101,12 +101,20 @@ def family_of(model: Any) -> str:
         return family
     hint = ""
     if kind.__module__.startswith("peft.") or hasattr(model, "peft_config"):
-        hint = "; PEFT adapters are not supported: train without, or merge them first"
+        hint = (
+            "; PEFT's adapters are added to a model that has the features already, as a run "
+            "without adapters saves it or torch_plugins.hf.convert.convert makes it"
+        )
     raise ConfigError(
         f"{kind.__module__}.{kind.__qualname__} cannot be converted; known are the ForCausalLM "
         f"classes of transformers for {', '.join(FAMILIES)}, and {PluginDecoderConfig.model_type}"
         f"{hint}"
     )
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether PEFT wraps the model, with adapters in its modules."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def _module(family: str) -> str:
