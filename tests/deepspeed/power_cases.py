@@ -11,7 +11,7 @@ import tempfile
 import deepspeed
 import torch
 import torch.distributed as dist
-from engines import build, config, groups, model, parameters, rates, train
+from engines import build, config, groups, model, parameters, rates, start, train
 
 from torch_plugins.config import ConfigError, PowerLR
 from torch_plugins.power_lr import Schedule
@@ -184,7 +184,7 @@ def clients():
 
 
 def main(record):
-    deepspeed.init_distributed("gloo")
+    start()
     result = {
         "rates": {
             f"ZeRO {stage}, {micro_batches} micro-batches": rates_by_step(stage, micro_batches)

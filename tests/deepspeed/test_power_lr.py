@@ -1,6 +1,7 @@
 """Power LR from DeepSpeed's JSON: settings here, engines on one and two ranks in power_cases.py."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,23 @@ from torch_plugins.power_lr import Schedule
 CASES = Path(__file__).with_name("power_cases.py")
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def cases(request, tmp_path_factory):
-    """What power_cases.py recorded."""
-    record = tmp_path_factory.mktemp("cases") / "record.json"
-    _, logs = launch(CASES, record, processes=request.param, timeout=300)
-    return {"ranks": request.param, "logs": logs, **json.loads(record.read_text())}
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """By number of ranks, what power_cases.py recorded."""
+
+    def run(ranks):
+        record = folder / f"{ranks}.json"
+        _, logs = launch(CASES, record, processes=ranks, timeout=300)
+        return {"ranks": ranks, "logs": logs, **json.loads(record.read_text())}
+
+    folder = tmp_path_factory.mktemp("cases")
+    with ThreadPoolExecutor() as pool:  # each waits for itself more than for a core
+        return dict(zip((1, 2), pool.map(run, (1, 2)), strict=True))
+
+
+@pytest.fixture(params=[1, 2], ids=["1 rank", "2 ranks"])
+def cases(request, recorded):
+    return recorded[request.param]
 
 
 def test_rates_equal_the_closed_form_at_every_step(cases):
