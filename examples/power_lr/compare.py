@@ -3,7 +3,7 @@
     make compare-power-lr             # or: python examples/power_lr/compare.py
     python examples/power_lr/compare.py --quick           # a toy, to see every step in seconds
 
-A small Qwen3 on real text, in four cells: two horizons (T and 4T tokens) by two batch sizes (B and
+A small Qwen3 on real text, in four cells: two horizons (T and 16T tokens) by two batch sizes (B and
 4B). Power's ``a`` and ``eta_max``, cosine's peak and WSD's peak are tuned in the first cell, in as
 many runs each, and carried over to the others as they are; a fourth arm is Power with the paper's
 numbers. Trains on the CPU, one run per core at a time; prints tables, writes ``results.json`` and

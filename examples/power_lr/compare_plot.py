@@ -18,6 +18,7 @@ def draw(results: Results, settings: Settings, path: Path) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter, LogLocator, NullFormatter
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=100, layout="constrained")
     tuning = settings.cells[0]
@@ -30,6 +31,9 @@ def draw(results: Results, settings: Settings, path: Path) -> None:
         chosen = mean_rate(arm, best, settings), losses[best]
         left.plot(*chosen, "o", color=colour, markersize=12, alpha=0.5)
     left.set_xscale("log")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(9, 9)))
+    left.xaxis.set_minor_formatter(NullFormatter())
     left.set_xlabel("mean learning rate of the run")
     left.set_ylabel("validation loss (nats per token)")
     left.set_title(f"tuned at {settings.label(tuning)}")

@@ -23,19 +23,21 @@ class Settings:
     heads: int = 4
     vocab_size: int = 1024
     sequence_length: int = 128
-    tokens: int = 131_072
+    tokens: int = 65_536
     """The short horizon T, at which every arm is tuned."""
     batch_size: int = 4
     """The small batch B, in sequences, at which every arm is tuned."""
-    factor: int = 4
-    """From T to the long horizon, and from B to the large batch."""
+    longer: int = 16
+    """The long horizon over T. From T on, Power's rate falls to a quarter of what it was there."""
+    larger: int = 4
+    """The large batch over B."""
     seeds: tuple[int, ...] = (1, 2)
     """Of initial weights and order of the data; every arm runs with each."""
     amplitudes: tuple[float, ...] = (4, 8, 16)
     """Power's a, each with each ``max_lrs``."""
-    max_lrs: tuple[float, ...] = (0.004, 0.008)
+    max_lrs: tuple[float, ...] = (0.006, 0.012)
     """Power's eta_max."""
-    peaks: tuple[float, ...] = (0.002, 0.003, 0.004, 0.006, 0.008, 0.012)
+    peaks: tuple[float, ...] = (0.003, 0.004, 0.006, 0.008, 0.012, 0.016)
     """Peak rate of the others: as many runs as for Power."""
     validation_sequences: int = 256
     documents: int | None = None
@@ -51,8 +53,8 @@ class Settings:
         """(tokens, batch size); the first is the one for tuning."""
         return [
             (self.tokens * longer, self.batch_size * larger)
-            for longer in (1, self.factor)
-            for larger in (1, self.factor)
+            for longer in (1, self.longer)
+            for larger in (1, self.larger)
         ]
 
     def grid(self, arm: str) -> list[tuple[float, ...]]:
@@ -116,5 +118,6 @@ QUICK = Settings(
     max_lrs=(0.016,),
     peaks=(0.002, 0.016),
     validation_sequences=32,
+    longer=4,
     documents=40,
 )

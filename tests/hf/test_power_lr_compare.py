@@ -21,8 +21,8 @@ def test_arms():
     """One warm-up, one end; only Power's rate knows the batch size, and not the horizon."""
     from compare_settings import ARMS, FULL, Run
 
-    assert FULL.cells == [(2**17, 4), (2**17, 16), (2**19, 4), (2**19, 16)]
-    assert [FULL.label(cell) for cell in FULL.cells] == ["T, B", "T, 4B", "4T, B", "4T, 4B"]
+    assert FULL.cells == [(2**16, 4), (2**16, 16), (2**20, 4), (2**20, 16)]
+    assert [FULL.label(cell) for cell in FULL.cells] == ["T, B", "T, 4B", "16T, B", "16T, 4B"]
     assert [len(FULL.grid(arm)) for arm in ARMS] == [6, 1, 6, 6]
 
     def rates(arm, cell):
