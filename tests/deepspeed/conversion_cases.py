@@ -155,7 +155,6 @@ def half_of(model):
 
 def optimizers():
     """By way of naming the parameters and stage: whether all train, and no other is held."""
-    muon = {"type": "Muon", "params": {"lr": RATE, "torch_adam": True}}
     adamw = {"lr": RATE}
     ways = {
         "none": lambda model: {"model_parameters": None},
@@ -167,16 +166,13 @@ def optimizers():
         "groups": lambda model: {"model_parameters": half_of(model)},
         "client": lambda model: {"optimizer": torch.optim.AdamW(half_of(model), **adamw)},
         "callable": lambda model: {"optimizer": lambda p: torch.optim.AdamW(p, **adamw)},
-        "muon": lambda model: {},
     }
     result = {}
     for name, way in ways.items():
-        for stage in (1,) if name == "muon" and OLD else (1, 3):
+        for stage in (1, 3):
             model = stock(QWEN3)
             options = way(model)
-            zero = {"stage": stage, "reduce_scatter": False}
-            others = {"optimizer": muon, "zero_optimization": zero} if name == "muon" else {}
-            json_file = settings(stage, BOTH, **others)
+            json_file = settings(stage, BOTH)
             if "optimizer" in options:
                 del json_file["optimizer"]
                 json_file["zero_allow_untested_optimizer"] = True
@@ -189,6 +185,40 @@ def optimizers():
                 for (n, _), a, b in zip(model.named_parameters(), before, after, strict=True)
             }
             result[f"{name}, ZeRO {stage}"] = moved
+    return result
+
+
+def muon(folder):
+    """By stage: whether Muon trains a model that the JSON converts as one that was converted
+    before, moves all parameters, and goes on from a checkpoint as straight on."""
+    result = {}
+    for stage in (1,) if OLD else (1, 3):
+        json_file = settings(
+            stage,
+            BOTH,
+            optimizer={"type": "Muon", "params": {"lr": RATE, "torch_adam": True}},
+            zero_optimization={"stage": stage, "reduce_scatter": False},
+        )
+        engine = build(stage, BOTH, stock(QWEN3), config=copy.deepcopy(json_file))
+        before = parameters(engine)
+        train(engine, last=STOP)
+        engine.save_checkpoint(str(folder / f"muon-{stage}"))
+        train(engine, first=STOP)
+        straight = parameters(engine)
+        engine = build(stage, BOTH, stock(QWEN3, seed=8), config=copy.deepcopy(json_file))
+        engine.load_checkpoint(str(folder / f"muon-{stage}"))
+        train(engine, first=STOP)
+        resumed = parameters(engine)
+        model = stock(QWEN3)
+        convert(model, features_of(BOTH))
+        del json_file["deepspeed_plugins"]
+        engine = build(stage, BOTH, model, config=json_file)
+        train(engine)
+        result[f"ZeRO {stage}"] = {
+            "as before": all(map(torch.equal, straight, parameters(engine))),
+            "moved": not any(map(torch.equal, straight, before)),
+            "resumed": all(map(torch.equal, straight, resumed)),
+        }
     return result
 
 
@@ -259,11 +289,14 @@ def refused():
     if dist.get_world_size() > 1:
         cut = {"autotp_size": 2}
         plan = {"layer_specs": [{"patterns": [".*o_proj.weight$"], "partition_type": "row"}]}
+        adapted = stock()
+        adapted.peft_config = {}
         one_head = stock(LlamaConfig(**SIZES | {"num_key_value_heads": 1}))
         cases = {
             "preset": (stock(), parallel(cut | {"preset_model": "llama"})),
             "plan": (stock(), parallel(cut | {"partition_config": plan})),
             "heads": (one_head, parallel(cut)),
+            "adapters": (adapted, parallel(cut)),
         }
     messages = {}
     for name, (model, section) in cases.items():
@@ -342,6 +375,7 @@ def main(record, folder):
     else:
         result |= {"torch": against_torch(folder, FEATURES)}
         result |= {"partitioned": partitioned(folder), "universal": universal(folder / "both-1")}
+        result |= {"muon": muon(folder)}
     if dist.get_rank() == 0:
         record.write_text(json.dumps(result))
 

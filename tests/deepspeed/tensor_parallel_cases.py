@@ -31,6 +31,7 @@ from conversion_cases import (
     stock,
 )
 from deepspeed.utils import safe_get_full_grad
+from trainer_cases import trainer
 from transformers import LlamaConfig
 
 from deepspeed_plugins.tensor_parallel import OverlappedLayer
@@ -141,14 +142,18 @@ def furthest(ones, others):
     return torch.stack(apart).max().item()
 
 
+def offloaded():
+    """Saves copies for the backward, made at once, as offloading does."""
+    return torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy)
+
+
 def against_one_process(folder, stage, family, section, checkpointing):
     """Differences from the same training in one process."""
     losses, first, states = plain(family, section)
     engine = sharded(stage, family, section, checkpointing)
     found, seen = [], {}
     for number in range(STEPS):
-        offload = number == 0 and checkpointing and torch.autograd.graph.save_on_cpu()
-        found.append(step(engine, number, offload))
+        found.append(step(engine, number, checkpointing and number == 0 and offloaded()))
         if number == 0:
             seen["gradients"] = gradients_apart(engine, first)
         engine.step()
@@ -205,12 +210,21 @@ def saved(folder):
     return {"resumed": step(other, 1) == step(engine, 1)}
 
 
+def by_trainer(folder):
+    """Loss on all data of a model that Trainer has trained and saved."""
+    one = trainer(folder, 1, True, tensor_parallel={"autotp_size": 2})
+    one.train()
+    one.save_model(folder / "saved")
+    return one.evaluate()["eval_loss"]
+
+
 def main(record, folder):
     warnings.simplefilter("ignore")
     deepspeed.init_distributed("gloo")
     dist.all_reduce = slow(dist.all_reduce)
     cases = {name: against_one_process(folder, *case) for name, case in CASES.items()}
     result = {"one process": cases, "order": order(), "saved": saved(folder)}
+    result["trainer"] = by_trainer(folder / "trainer")
     if dist.get_rank() == 0:
         record.write_text(json.dumps(result))
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alignment")
     offline = {"HF_HUB_OFFLINE": "1"}
-    launch(CASES, folder / "record", folder, processes=1, environment=offline, timeout=280)
+    launch(CASES, folder / "record", folder, processes=1, environment=offline, timeout=400)
     return json.loads((folder / "record").read_text()) | {"folder": folder}
 
 

@@ -68,10 +68,17 @@ def test_one_line_per_feature_from_rank_0(recorded):
 def test_optimizers_hold_what_the_converted_model_has(recorded):
     """However the script names the parameters, all of them train, the added ones too."""
     seen = recorded[1]["optimizers"]
-    assert len(seen) >= 15
+    assert len(seen) == 14
     for name, moved in seen.items():
         assert any("kv_norm" in parameter for parameter in moved)
         assert all(moved.values()), name
+
+
+def test_muon_trains_and_resumes(recorded):
+    """To the bit as on a model that was converted before; all parameters, on two ranks."""
+    assert recorded[2]["muon"].keys() >= {"ZeRO 1"}
+    for name, seen in recorded[2]["muon"].items():
+        assert seen == {"as before": True, "moved": True, "resumed": True}, name
 
 
 def test_engines_without_an_optimizer_are_left_alone(recorded):
@@ -130,6 +137,7 @@ def test_refused_by_name(recorded):
         "preset": "tensor_parallel.preset_model 'llama' is in the way",
         "plan": "drop partition_config",
         "heads": "use autotp_size 1 at most",
+        "adapters": "AutoTP would leave the weights under PEFT's adapters whole",
     }
     old = versions.installed() < versions.AUTOTP_OLDEST
     for name, message in tensor_parallel.items():

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from deepspeed_plugins import export_hf
 from deepspeed_plugins.export.checkpoint import Checkpoint, Shards, Weights
 from deepspeed_plugins.seams import versions
+from tests.deepspeed.trainer_cases import Pieces
 from tests.megatron.harness import launch
 from torch_plugins.config import ConfigError
 from torch_plugins.hf import PluginDecoderConfig, PluginDecoderForCausalLM
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cut")
-    _, logs = launch(CASES, folder / "record", folder, processes=2, timeout=200)
+    _, logs = launch(CASES, folder / "record", folder, processes=2, timeout=400)
     return json.loads((folder / "record").read_text()) | {"folder": folder, "logs": logs}
 
 
@@ -65,6 +66,16 @@ def test_runs_go_on(recorded):
     """From a checkpoint, and by a second engine on a model that overlaps already."""
     assert recorded["saved"]["resumed"]
     assert recorded["order"]["again"]
+
+
+def test_trainer_saves_the_whole_decoder(recorded):
+    model, report = AutoModelForCausalLM.from_pretrained(
+        recorded["folder"] / "trainer" / "saved", output_loading_info=True
+    )
+    assert not any(report.values())
+    assert model.config.ladder_layers == (1, 2, 3)
+    data = Pieces().data
+    assert model(data, labels=data).loss.item() == pytest.approx(recorded["trainer"], rel=1e-5)
 
 
 def test_the_export_joins_what_the_ranks_hold(recorded, tmp_path, capsys):

@@ -51,7 +51,7 @@ def model():
     return LlamaForCausalLM(config)
 
 
-def trainer(folder, stage, json_optimizer):
+def trainer(folder, stage, json_optimizer, **sections):
     settings = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -62,6 +62,7 @@ def trainer(folder, stage, json_optimizer):
             "stage3_gather_16bit_weights_on_model_save": True,
         },
         "deepspeed_plugins": SECTION,
+        **sections,
     }
     if json_optimizer:
         adamw = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
