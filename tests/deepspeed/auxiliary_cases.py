@@ -31,6 +31,7 @@ from auxiliary_net import (
 )
 from deepspeed.pipe import LayerSpec, PipelineModule
 from engines import WIDTH, config, parameters
+from engines import start as start_process
 from torch import nn
 
 from deepspeed_plugins.auxiliary_loss import values
@@ -146,12 +147,20 @@ def interleaved():
                 engines[1].backward(square(engines[1], whole))
                 engines[1].step()
             engines[0].step()
-    return {
-        f"interleaved, {name}": compare(start, parameters(engine), dist.get_world_size(), parts)
-        for name, parts, start, engine in zip(
-            ("fp16", "ZeRO 3"), (2, 1), starts, engines, strict=True
-        )
-    }
+    found = {}
+    for name, parts, start, engine in zip(("fp16", "ZeRO 3"), (2, 1), starts, engines, strict=True):
+        whole, ranks = [t.float() for t in start], dist.get_world_size()
+        means = [mean_value(engine), reference(whole, ranks, parts)[1][-1]]
+        seen = compare(start, parameters(engine), ranks, parts)
+        found[f"interleaved, {name}"] = seen | {"means": means}
+    return found
+
+
+def mean_value(engine):
+    """Of the last step, over processes."""
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, float(values(engine)["penalty"]))
+    return sum(ranks) / len(ranks)
 
 
 class First(nn.Module):
@@ -236,9 +245,8 @@ def logged(folder):
     engine = build(net(run=reentrant), settings(2, 2, csv_monitor=monitor))
     start = parameters(engine)
     train(engine, 2)
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, float(values(engine)["penalty"]))
-    return [_rows(folder / "job"), reference(start, len(ranks), 2)[1], sum(ranks) / len(ranks)]
+    means = reference(start, dist.get_world_size(), 2)[1]
+    return [_rows(folder / "job"), means, mean_value(engine)]
 
 
 def logged_by_stages(folder):
@@ -364,7 +372,7 @@ def pipelines():
 
 
 def main(record, folder):
-    deepspeed.init_distributed("gloo")
+    start_process()
     deepspeed.checkpointing.configure(None)
     folder = Path(folder)
     found = {"torch": matrix(), "logged": [logged(folder)]}

@@ -54,6 +54,12 @@ def test_the_monitor_has_the_mean_over_ranks_and_micro_batches(cases):
     assert zero[2] == pytest.approx(zero[1][-1], rel=1e-6)
 
 
+def test_engines_keep_their_values_apart(cases):
+    for name in ("interleaved, fp16", "interleaved, ZeRO 3"):
+        seen, expected = cases["torch"][name]["means"]
+        assert seen == pytest.approx(expected, rel=1e-2), name
+
+
 def test_one_line_says_which_losses_an_engine_has(cases):
     line = "auxiliary-losses: penalty (coefficient 2) in 1 module, penalty (coefficient 3) in 1 mod"
     assert line in cases["logs"][0]
