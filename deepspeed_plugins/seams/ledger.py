@@ -167,6 +167,21 @@ USED: tuple[Symbol, ...] = (
         relies_on=("RowParallel.apply(self.mp_group", "self.weight", "self.bias"),
     ),
     _Symbol(
+        id="ds-all-reduce",
+        targets=("deepspeed.comm.comm:all_reduce",),
+        feature="ladder_residual",
+        why="with async_op, starts the all-reduce that a ladder overlaps",
+        remove_when="never",
+    ),
+    _Symbol(
+        id="torch-saved-tensors",
+        targets=("torch._C:_autograd._top_saved_tensors_default_hooks",),
+        feature="ladder_residual",
+        why="tells that what checkpointing saves may be copied before its all-reduce has arrived",
+        remove_when="torch has a public name for it",
+        versions="torch 2.4-2.14",
+    ),
+    _Symbol(
         id="ds-tensor-parallel-size",
         targets=("deepspeed.runtime.engine:DeepSpeedEngine.autotp_size",),
         feature="ladder_residual",

@@ -8,7 +8,7 @@ import sys
 
 OLDEST = (0, 18, 6)
 NEWEST = (0, 19)
-AUTOTP_OLDEST = (0, 19, 8)
+AUTOTP_OLDEST = (0, 19, 6)
 """Whose AutoTP reads the decoder's plan, with norms on local heads and tied weights."""
 
 
