@@ -92,7 +92,7 @@ def train(
     script: Path = TRAIN_GPT,
     environment: Mapping[str, str] | None = None,
     check: bool = True,
-    timeout: float = 300,
+    timeout: float = 600,
 ) -> Run:
     """Train ``tiny`` with ``flags`` on top, in ``processes`` processes on the CPU backend.
 
@@ -120,7 +120,7 @@ def launch(
     processes: int,
     environment: Mapping[str, str] | None = None,
     check: bool = True,
-    timeout: float = 120,
+    timeout: float = 600,
 ) -> tuple[int, list[str]]:
     """Run a Python script with its arguments as ``processes`` ranks over the loopback interface.
 
