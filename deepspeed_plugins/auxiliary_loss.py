@@ -110,7 +110,7 @@ def _of_all_stages(engine: Any, names: set[str]) -> set[str]:
         raise ConfigError(
             f"{TITLE} with a pipeline and gradient_accumulation_steps {steps}: deepspeed "
             f"{versions.text(versions.installed())} divides the gradient by the steps at each "
-            "stage; install 0.19.8, or set gradient_accumulation_steps to 1"
+            "stage; install 0.19.6 or later, or set gradient_accumulation_steps to 1"
         )
     return names
 

@@ -191,7 +191,7 @@ def output(original: Callable[..., Any], engine: Any, gradient: Any) -> Any:
             "the model returns several tensors, such as loss and logits, and DeepSpeed divides the "
             "gradient by gradient_accumulation_steps at each of them, so main and auxiliary losses "
             "would be weighted differently: return one tensor, or call engine.backward(loss) of "
-            "deepspeed 0.19.8"
+            "deepspeed 0.19.6 or later"
         )
     own.pass_output(factor, gradient.device)
     return original(engine, gradient)
