@@ -126,7 +126,7 @@ def print_table(rows: list[dict[str, Any]], settings: Settings) -> None:
             f"{mean(row['difference']):+.3f}",
             " ".join(f"{d:+.3f}" for d in row["difference"]),
         )
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=max(110, Console().width))  # also into a file
     console.print(table)
     console.print("bytes: keys and values of one token, in 16 bits. to MQA: difference of losses")
     if any(row["at_the_edge"] for row in rows):

@@ -24,7 +24,7 @@ from typing import Any
 from arms import ARMS, QUICK, Settings, build, fit, prepare_tokens, validation_loss
 
 OUTPUT = Path(__file__).resolve().parents[2] / "out" / "cross_layer_attention_uptrain"
-RATE = 2.25e-3
+RATE = 3e-3
 """Peak of the first training."""
 FRACTIONS = (0.05, 0.2)
 """Of the first training's steps, for the second; each starts again from the converted model."""
@@ -81,7 +81,8 @@ def print_table(rows: list[dict[str, Any]], settings: Settings) -> None:
             by_seed = " ".join(f"{found[seed]:.3f}" for seed in seeds)
             cells.append(f"{mean(found.values()):.3f} ({by_seed})")
         table.add_row(start, *cells)
-    Console(soft_wrap=True).print(table)
+    console = Console(soft_wrap=True, width=max(120, Console().width))  # also into a file
+    console.print(table)
 
 
 def main() -> None:
