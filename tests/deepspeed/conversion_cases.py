@@ -21,6 +21,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from deepspeed_plugins.export.checkpoint import read
+from deepspeed_plugins.seams import versions
 from torch_plugins.config import ConfigError, CrossLayerAttention, LadderResidual
 from torch_plugins.hf.convert import convert
 
@@ -42,8 +43,8 @@ BOTH = LADDER | {"cross_layer_attention": {"sharing_factor": 2, "kv_norm": "sepa
 FEATURES = {"ladder": (LLAMA, LADDER), "sharing": (GRANITE, SHARED), "both": (QWEN3, BOTH)}
 STAGES = range(4)
 STEPS, STOP, RATE = 4, 2, 0.01
-OLD = deepspeed.__version__ < "0.19"
-"""Its Muon refuses ZeRO 3."""
+OLD = versions.installed() < (0, 19, 8)
+"""Its Muon refuses ZeRO 3, or gathers gradients of unlike shapes, which gloo refuses."""
 
 
 def stock(family=LLAMA, seed=7):
