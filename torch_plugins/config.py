@@ -48,7 +48,7 @@ class LadderResidual(Feature):
 
     def resolve(self, num_layers: int) -> tuple[int, ...]:
         """Zero-based indices of the ladder layers, ascending."""
-        return parse_layers(self.layers, num_layers, self.flag("layers"))
+        return parse_layers(self.layers, num_layers, self.spelled("layers"))
 
     def function(self, num_layers: int) -> Any:
         return self.resolve(num_layers)
@@ -314,7 +314,7 @@ def parse_layers(spec: str, num_layers: int, source: str = "layers") -> tuple[in
     Args:
         spec: ``all``, ``none``, ``last:N``, or a comma list of indices ``i`` and ranges ``a-b``.
         num_layers: layers of the model.
-        source: flag or key named in errors.
+        source: flag or key to name in errors.
 
     Raises:
         ConfigError: the specification is malformed or names a layer the model does not have.

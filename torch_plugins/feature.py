@@ -84,13 +84,16 @@ class Feature:
         """The place of a field outside Megatron, for the documentation."""
         return f"`{cls.key()}`" if field_name is None else f"`{cls.key()}.{field_name}`"
 
+    @classmethod
+    def spelled(cls, field_name: str) -> str:
+        """A field in errors: its JSON key and its flag."""
+        return f"{cls.key()}.{field_name} ({cls.flag(field_name)})"
+
     def _require(self, field_name: str, holds: bool, remedy: str) -> None:
-        """Reject the value of a field, by its JSON key and its flag."""
+        """Reject the value of a field."""
         if not holds:
             value = getattr(self, field_name)
-            raise ConfigError(
-                f"{self.key()}.{field_name} ({self.flag(field_name)}) {value!r}: {remedy}"
-            )
+            raise ConfigError(f"{self.spelled(field_name)} {value!r}: {remedy}")
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -32,13 +32,13 @@ def test_updates_equal_those_of_plain_torch_with_the_sum_of_the_losses(cases):
     """ZeRO 0 to 3, accumulation, fp32, bf16 and fp16, both kinds of checkpointing and DeepSpeed's,
     every way to start a backward pass, several engines, pipelines.
 
-    Before 0.19.8, ZeRO 3 on CPU gives other weights in every run.
+    Before 0.19.8, ZeRO 3 on CPU gives other weights in every run, some of them not a number.
     """
     repeatable = versions.installed() >= (0, 19, 8)
     assert len(cases["torch"]) == (42 if repeatable else 38)
     for name, seen in cases["torch"].items():
-        assert seen["without"] > 0.5, name  # auxiliary losses matter
         if repeatable or "ZeRO 3" not in name:
+            assert seen["without"] > 0.5, name  # auxiliary losses matter
             precision = next((key for key in TOLERANCES if key in name), None)
             error, length = TOLERANCES.get(precision, (1e-5, 1e-5))
             assert seen["error"] < error, name
