@@ -1,6 +1,6 @@
 """Cache bytes and decoding speed of one small model with GQA, CLA2 and CLA3, 1K to 32K tokens.
 
-    python examples/cross_layer_attention/bench_decode.py            # about two minutes
+    python examples/cross_layer_attention/bench_decode.py            # about 90 seconds
     python examples/cross_layer_attention/bench_decode.py --quick    # a toy, to see it work
 
 The decoder of ``torch_plugins.hf`` with random weights on the CPU, and both of transformers' kinds
