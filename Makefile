@@ -66,8 +66,10 @@ test-matrix: $(MATRIX:%=matrix-%) $(if $(MEGATRON_LM),matrix-checkout) $(DEEPSPE
 	ln -sfn $$($(RUN) -c 'import nvidia; print(list(nvidia.__path__)[0])') $$(echo $(@D)/lib/python*/site-packages)/nvidia
 	@touch $@
 
+# Only the package of the checkout: its tests are a package too, and would hide ours.
 matrix-checkout: env
-	PYTHONPATH=$(MEGATRON_LM) $(RUN) -m pytest tests/megatron tests/parity $(ARGS)
+	mkdir -p .matrix/checkout && ln -sfn $(abspath $(MEGATRON_LM))/megatron .matrix/checkout/megatron
+	PYTHONPATH=$(CURDIR)/.matrix/checkout $(RUN) -m pytest tests/megatron tests/parity $(ARGS)
 
 .PRECIOUS: .matrix/deepspeed-%/.ready
 .matrix/deepspeed-%/.ready: $(STAMP)

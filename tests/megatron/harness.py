@@ -124,6 +124,9 @@ def launch(
 ) -> tuple[int, list[str]]:
     """Run a Python script with its arguments as ``processes`` ranks over the loopback interface.
 
+    A ``PYTHONPATH`` in ``environment`` goes before the one of this process, which may name another
+    Megatron.
+
     Returns:
         Exit code of the first rank that failed, else 0, and the output of every rank.
 
@@ -131,6 +134,8 @@ def launch(
         AssertionError: as :func:`train`.
     """
     command = (sys.executable, *(str(word) for word in command))
+    places = (environment or {}, os.environ)
+    paths = [place["PYTHONPATH"] for place in places if "PYTHONPATH" in place]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         common = {
@@ -142,6 +147,7 @@ def launch(
             "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes),
             **(environment or {}),
+            **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {}),
         }
         ranks = []
         for rank in range(processes):
