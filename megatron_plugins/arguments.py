@@ -51,12 +51,15 @@ def add_flags(
         for field in dataclasses.fields(feature):
             default = "" if field.default is None else f" Default: {field.default}."
             # None until typed: a field's flag without the feature's own must be told apart.
+            kind = str(field.type).removesuffix(" | None")
+            value: dict[str, Any] = {"action": "store_const", "const": True}
+            if kind != "bool":
+                value = {key: field.metadata[key] for key in ("choices", "metavar")}
+                value["type"] = _TYPES[kind]
             group.add_argument(
                 feature.flag(field.name),
-                type=_TYPES[str(field.type).removesuffix(" | None")],
-                choices=field.metadata["choices"],
-                metavar=field.metadata["metavar"],
                 help=f"{field.metadata['help']}{default}".replace("%", "%%"),
+                **value,
             )
     group = parser.add_argument_group("CPU backend (plugin)")
     group.add_argument(

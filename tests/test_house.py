@@ -30,7 +30,10 @@ MAY_IMPORT = {
 }
 """Beyond the standard library. The longest prefix of a file's path counts."""
 
-COMMANDS = {"torch_plugins/power_lr_cli.py": {"matplotlib", "rich"}}
+COMMANDS = {
+    "torch_plugins/power_lr_cli.py": {"matplotlib", "rich"},
+    "torch_plugins/dense_moe_cli.py": {"matplotlib", "rich", "transformers"},
+}
 """Files that may import more, within a function: needed only when the command runs."""
 
 STDLIB_ONLY = (
@@ -40,6 +43,7 @@ STDLIB_ONLY = (
     "torch_plugins/__init__.py",
     "torch_plugins/_autoload.py",
     "torch_plugins/config.py",
+    "torch_plugins/dense_moe_config.py",
     "torch_plugins/feature.py",
     "torch_plugins/seams",
     "torch_plugins/trainer.py",

@@ -20,9 +20,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .dense_moe_config import DenseMoE
 from .feature import ConfigError, Feature, did_you_mean, option
 
-__all__ = ["FEATURES", "ConfigError", "Feature", "did_you_mean", "option", "parse_layers"]
+__all__ = [
+    "FEATURES",
+    "ConfigError",
+    "DenseMoE",
+    "Feature",
+    "did_you_mean",
+    "option",
+    "parse_layers",
+]
 
 
 @dataclass(frozen=True)
@@ -305,7 +314,13 @@ class PowerMup(Feature):
         return "`torch_plugins.mup`"
 
 
-FEATURES: tuple[type[Feature], ...] = (LadderResidual, CrossLayerAttention, PowerLR, PowerMup)
+FEATURES: tuple[type[Feature], ...] = (
+    LadderResidual,
+    CrossLayerAttention,
+    DenseMoE,
+    PowerLR,
+    PowerMup,
+)
 
 
 def parse_layers(spec: str, num_layers: int, source: str = "layers") -> tuple[int, ...]:

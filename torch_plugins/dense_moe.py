@@ -35,6 +35,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,8 +44,19 @@ Activation = Callable[[Tensor], Tensor]
 
 def scores(logits_TN: Tensor) -> Tensor:
     """``S``: softmax over the experts, in fp32 or wider, in the dtype of the logits."""
-    wide = torch.promote_types(logits_TN.dtype, torch.float32)
-    return logits_TN.softmax(-1, dtype=wide).to(logits_TN.dtype)
+    return logits_TN.softmax(-1, dtype=_wide(logits_TN)).to(logits_TN.dtype)
+
+
+def router_logits(x: Tensor, weight: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """``weight x``, or ``weight gelu(hidden x)``, for any leading dimensions.
+
+    The paper prints no router. Its parameter counts need two matrices with a width of 512 between
+    them; without biases and with the experts' activation is our choice.
+
+    Args:
+        weight: ``[N, D]``, or ``[N, R]`` behind ``hidden`` ``[R, D]``.
+    """
+    return F.linear(x if hidden is None else F.gelu(F.linear(x, hidden)), weight)
 
 
 def mutual_information_loss(logits_TN: Tensor, marginal_N: Tensor | None = None) -> Tensor:
@@ -56,13 +68,32 @@ def mutual_information_loss(logits_TN: Tensor, marginal_N: Tensor | None = None)
         marginal_N: ``p(e)``, where its mean goes over more tokens than these, such as those of all
             data-parallel processes. It is not linear: a mean of losses is another loss.
     """
-    wide = torch.promote_types(logits_TN.dtype, torch.float32)
+    wide = _wide(logits_TN)
     log_p = F.log_softmax(logits_TN.flatten(0, -2), -1, dtype=wide)
     p = log_p.exp()
     conditional = -(p * log_p).sum(-1).mean()
     marginal = p.mean(0) if marginal_N is None else marginal_N
     log_marginal = marginal.clamp_min(torch.finfo(wide).tiny).log()
     return (marginal * log_marginal).sum() + conditional
+
+
+def shared_marginal(logits_TN: Tensor, *groups: dist.ProcessGroup) -> Tensor:
+    """``p(e)`` over the tokens of all processes of ``groups``, which hold equally many.
+
+    With it, the mean of :func:`mutual_information_loss` over the processes is that of all tokens,
+    and so is the mean of its gradients: they flow into the own tokens only, as if these were all,
+    and no collective runs in a backward pass.
+    """
+    own = logits_TN.flatten(0, -2).softmax(-1, dtype=_wide(logits_TN)).mean(0)
+    shared = own.detach().clone()
+    for group in groups:
+        dist.all_reduce(shared, group=group)
+        shared /= dist.get_world_size(group)
+    return own + (shared - own.detach())
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def dense_mlp(
@@ -184,3 +215,9 @@ def utilization(logits_TN: Tensor, threshold: float = 0.48) -> Utilization:
         share_N=p.mean(0),
         active_N=keep(p, threshold=threshold).float().mean(0),
     )
+
+
+if __name__ == "__main__":
+    from torch_plugins.dense_moe_cli import main
+
+    main()
