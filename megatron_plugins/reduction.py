@@ -109,3 +109,10 @@ def keep_partial_sums(linear: Any) -> None:
             f"{type(linear).__qualname__} has no switch that leaves its output unreduced; "
             "Ladder Residual knows Megatron's RowParallelLinear and TERowParallelLinear"
         )
+
+
+def keeps_partial_sums(linear: Any) -> bool:
+    """Whether :func:`keep_partial_sums` was called on a row-parallel linear."""
+    if hasattr(linear, "explicit_expert_comm"):
+        return bool(linear.explicit_expert_comm)
+    return getattr(linear, "parallel_mode", "row") is None

@@ -316,8 +316,8 @@ class PowerMup(Feature):
 
 FEATURES: tuple[type[Feature], ...] = (
     LadderResidual,
-    CrossLayerAttention,
     DenseMoE,
+    CrossLayerAttention,
     PowerLR,
     PowerMup,
 )

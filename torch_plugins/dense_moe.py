@@ -31,7 +31,8 @@ Paper: arXiv 2404.05567, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]
+Weights = Tensor | tuple[Tensor, Tensor]
+
+FEW_TOKENS, FEW_TOKENS_16_BIT = 1, 32
+"""Up to here the weights are read in slices, beyond tokens are gathered: whichever
+``examples/dense_moe/bench_sparse.py`` found faster on a CPU, where small 16-bit products are slow.
+"""
+ROWS = 512
+"""Gathered at a time: few fit the cache, and many save calls."""
 
 
 def scores(logits_TN: Tensor) -> Tensor:
@@ -97,57 +106,131 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def dense_mlp(
-    x_TD: Tensor, scores_TN: Tensor, up: Tensor, down_DNF: Tensor, activation: Activation
+    x_TD: Tensor, scores_TN: Tensor, up: Weights, down_DNF: Tensor, activation: Activation
 ) -> Tensor:
     """All experts on all tokens, ``[T, D] -> [T, D]``.
 
     Args:
-        up: ``[N F, D]``, experts one after another; ``[2, N F, D]`` with gates first, for experts
-            ``down (activation(gate x) * up x)``.
+        up: ``[N F, D]``, experts one after another; ``[2, N F, D]`` or two matrices with the
+            gates' first, for experts ``down (activation(gate x) * up x)``.
         down_DNF: ``[D, N F]``, likewise.
     """
-    inner = _inner(x_TD, up, activation).unflatten(-1, (scores_TN.shape[-1], -1))
+    inner = _inner(x_TD, _matrices(up), activation).unflatten(-1, (scores_TN.shape[-1], -1))
     return F.linear((inner * scores_TN.unsqueeze(-1)).flatten(-2), down_DNF)
 
 
-def _inner(x: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    if up.dim() == 2:
-        return activation(F.linear(x, up))
-    gate, value = F.linear(x, up.flatten(0, 1)).chunk(2, -1)
-    return activation(gate) * value
+def _matrices(up: Weights) -> tuple[Tensor, ...]:
+    return (up,) if isinstance(up, Tensor) and up.dim() == 2 else tuple(up)
+
+
+def _inner(x: Tensor, up: Sequence[Tensor], activation: Activation) -> Tensor:
+    inner = activation(F.linear(x, up[0]))
+    return inner if len(up) == 1 else inner * F.linear(x, up[1])
 
 
 def sparse_mlp(
     x_TD: Tensor,
     scores_TN: Tensor,
     kept_TN: Tensor,
-    up: Tensor,
+    up: Weights,
     down_DNF: Tensor,
     activation: Activation,
 ) -> Tensor:
     """The experts of ``kept_TN`` only: :func:`dense_mlp` with the other scores 0, at the cost of
     those that are left.
 
-    Tokens are grouped by expert, each group one matrix product; an expert that no token keeps costs
+    Few tokens cost what the experts' weights take to read, each once for all of them; so neither
+    can be faster than dense by more than the share of experts that some token keeps. Many tokens
+    are grouped by expert, each group one matrix product. An expert that no token keeps costs
     nothing, and a token that keeps no expert gets zeros.
 
     Args:
         kept_TN: bool; see :func:`keep`.
     """
+    few = FEW_TOKENS_16_BIT if x_TD.element_size() == 2 else FEW_TOKENS
+    form = _sparse_by_run if x_TD.shape[0] <= few else _sparse_by_group
+    return form(x_TD, scores_TN, kept_TN, _matrices(up), down_DNF, activation)
+
+
+def _sparse_by_run(
+    x: Tensor,
+    scores_TN: Tensor,
+    kept_TN: Tensor,
+    up: Sequence[Tensor],
+    down: Tensor,
+    activation: Activation,
+) -> Tensor:
+    """All tokens through every run of neighbouring experts that one of them keeps.
+
+    A run's weights are a slice of the wide ones, which nothing copies.
+    """
+    experts = scores_TN.shape[-1]
+    width = down.shape[-1] // experts
+    masked = scores_TN * kept_TN
+    result = x.new_zeros(x.shape[0], down.shape[0])
+    for start, end in _runs(kept_TN.any(0).tolist()):
+        own = slice(start * width, end * width)
+        inner = _inner(x, [matrix[own] for matrix in up], activation)
+        gated = inner.unflatten(-1, (end - start, width)) * masked[:, start:end].unsqueeze(-1)
+        result = result + F.linear(gated.flatten(-2), down[:, own])
+    return result
+
+
+def _runs(hit: list[bool]) -> list[tuple[int, int]]:
+    """Where values are true, from and to; everything where at most one in eight is false: one
+    large product then takes no longer than its parts."""
+    if sum(hit) * 8 >= len(hit) * 7:
+        return [(0, len(hit))]
+    edges = [i for i, (a, b) in enumerate(pairwise([False, *hit, False])) if a != b]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _sparse_by_group(
+    x: Tensor,
+    scores_TN: Tensor,
+    kept_TN: Tensor,
+    up: Sequence[Tensor],
+    down: Tensor,
+    activation: Activation,
+) -> Tensor:
+    """Every expert on the tokens that keep it, gathered and added up a portion at a time."""
     experts = scores_TN.shape[-1]
     expert, token = kept_TN.t().nonzero(as_tuple=True)  # in the order of experts
-    counts = kept_TN.sum(0).tolist()
-    parts = x_TD[token].split(counts)
-    ups = up.unflatten(-2, (experts, -1)).unbind(-3)
-    downs = down_DNF.unflatten(-1, (experts, -1)).unbind(-2)
-    weights = scores_TN[token, expert].unsqueeze(-1).split(counts)
-    outputs = [
-        F.linear(_inner(part, ups[i], activation) * weights[i], downs[i])
-        for i, part in enumerate(parts)
-        if counts[i]
-    ]
-    result = x_TD.new_zeros(x_TD.shape[0], down_DNF.shape[0])
-    return result.index_add(0, token, torch.cat(outputs)) if outputs else result
+    weights = scores_TN[token, expert].unsqueeze(-1)
+    ups = [matrix.unflatten(0, (experts, -1)).unbind(0) for matrix in up]
+    downs = down.unflatten(-1, (experts, -1)).unbind(-2)
+    result = x.new_zeros(x.shape[0], down.shape[0])
+    for portion in _portions(kept_TN.sum(0).tolist()):
+        rows = token[portion[0].start : portion[-1].end]
+        gathered = x.index_select(0, rows).split([group.end - group.start for group in portion])
+        outputs = [
+            F.linear(
+                _inner(part, [matrices[i] for matrices in ups], activation) * weights[start:end],
+                downs[i],
+            )
+            for (i, start, end), part in zip(portion, gathered, strict=True)
+        ]
+        result.index_add_(0, rows, outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+    return result
+
+
+class _Group(NamedTuple):
+    expert: int
+    start: int
+    end: int
+
+
+def _portions(counts: list[int]) -> list[list[_Group]]:
+    """Experts with a token, in portions of up to ``ROWS`` tokens or one expert."""
+    portions: list[list[_Group]] = []
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            if not portions or start + count - portions[-1][0].start > ROWS:
+                portions.append([])
+            portions[-1].append(_Group(expert, start, start + count))
+            start += count
+    return portions
 
 
 def keep(scores_TN: Tensor, top_k: int | None = None, threshold: float | None = None) -> Tensor:
@@ -205,14 +288,17 @@ class Utilization(NamedTuple):
 
 
 @torch.no_grad()
-def utilization(logits_TN: Tensor, threshold: float = 0.48) -> Utilization:
-    """What a training log says of a router."""
+def utilization(
+    logits_TN: Tensor, threshold: float = 0.48, marginal_N: Tensor | None = None
+) -> Utilization:
+    """What a training log says of a router; ``marginal_N`` as in
+    :func:`mutual_information_loss`."""
     logits = logits_TN.flatten(0, -2).float()
     p = logits.softmax(-1)
     return Utilization(
-        mutual_information=-mutual_information_loss(logits),
+        mutual_information=-mutual_information_loss(logits, marginal_N),
         conditional_entropy=torch.special.entr(p).sum(-1).mean(),
-        share_N=p.mean(0),
+        share_N=p.mean(0) if marginal_N is None else marginal_N,
         active_N=keep(p, threshold=threshold).float().mean(0),
     )
 

@@ -43,6 +43,24 @@ def count(original: Callable[..., Any], args: Any, *rest: Any, **kwargs: Any) ->
     return accounting.with_mean_groups(original, args, *rest, **kwargs)
 
 
+def loss_scale(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The loss of a micro-batch, by whose factor auxiliary losses are weighted too."""
+    if "megatron_plugins.auxiliary_loss" not in sys.modules:
+        return original(*args, **kwargs)
+    from megatron_plugins import auxiliary_loss
+
+    return auxiliary_loss.scale(original, *args, **kwargs)
+
+
+def log(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The training log, to which routers add a line's worth."""
+    if "megatron_plugins.dense_moe.metrics" not in sys.modules:
+        return original(*args, **kwargs)
+    from megatron_plugins.dense_moe import metrics
+
+    return metrics.log(original, *args, **kwargs)
+
+
 def build_context(
     original: Callable[..., None], context: Any, model_config: Any, *args: Any, **kwargs: Any
 ) -> None:

@@ -1,0 +1,83 @@
+"""Checkpoint keys of the experts: those of Megatron's own MoE layers.
+
+A stock ``MoELayer`` stores expert matrices under ``experts.experts.``, stacked along an axis of
+experts: ``linear_fc1.weight [N, F, D]``, with gates ``[N, 2 F, D]``, gates first within an expert,
+and ``linear_fc2.weight [N, D, F]``; its router under ``router.weight [N, D]``. So are the blocks of
+the wide MLP, and a stock layer loads them under any expert-parallel size.
+
+Shapes: N experts of this process, F width of one, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    sharded_state_dict_default,
+)
+from torch import Tensor
+
+
+def with_expert_keys(mlp: Any, prefix: str, sharded_offsets: Any, metadata: Any) -> dict[str, Any]:
+    """Sharded state of an ``ExpertsMLP``."""
+    metadata = ensure_metadata_has_dp_cp_group(metadata)
+    state: dict[str, Any] = {}
+    for name, module in mlp.named_children():
+        state |= sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata)
+    gated = mlp.config.gated_linear_unit
+    for linear, parts in (("linear_fc1", 2 if gated else 1), ("linear_fc2", 1)):
+        stock = state[f"{prefix}{linear}.weight"]
+        state[f"{prefix}{linear}.weight"] = _factory(
+            stock,
+            f"{prefix}experts.experts.{linear}.weight",
+            tuple(sharded_offsets),
+            mlp.tp_group,
+            mlp.own.stop - mlp.own.start,
+            parts,
+        )
+    return state
+
+
+def _factory(
+    stock: Any, key: str, offsets: tuple[Any, ...], group: Any, experts: int, parts: int
+) -> Any:
+    """A matrix that is stored expert by expert, its ``parts`` (gate and value) one after another.
+
+    ``linear_fc2`` is told by its shape: experts lie along its columns.
+    """
+    rows = "linear_fc1" in key
+    shape = stock.data.shape
+    lead = len(offsets)
+
+    def split(matrix: Tensor) -> list[Tensor]:
+        """Into ``parts`` tensors ``[N, F, D]``, or one ``[N, D, F]``."""
+        if rows:
+            return list(matrix.unflatten(0, (parts, experts, -1)).unbind(0))
+        return [matrix.unflatten(1, (experts, -1)).transpose(0, 1).contiguous()]
+
+    @torch.no_grad()
+    def build(key: str, matrix: Tensor, replica_id: Any, flattened_range: Any) -> list[Any]:
+        along = (lead, group.rank(), group.size())
+        return [
+            ShardedTensor.from_rank_offsets(
+                key,
+                part,
+                *offsets,
+                along,
+                *([(lead + 1, number, parts)] if parts > 1 else []),
+                replica_id=replica_id,
+                prepend_axis_num=lead,
+            )
+            for number, part in enumerate(split(matrix))
+        ]
+
+    @torch.no_grad()
+    def merge(parts_of: list[Tensor]) -> Tensor:
+        if rows:
+            return torch.stack(parts_of).reshape(shape)
+        return parts_of[0].transpose(0, 1).reshape(shape)
+
+    return ShardedTensorFactory(key, stock.data, build, merge, stock.replica_id)
