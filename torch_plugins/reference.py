@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import ConfigError, CrossLayerAttention, LadderResidual
+from .config import ConfigError, CrossLayerAttention, DenseMoE, LadderResidual
 
 Tensors = Mapping[str, Tensor]
 Config = Mapping[str, Any]
@@ -150,6 +150,10 @@ def attention(
         group = head * len(keys) // len(queries)
         scores = (query @ keys[group].transpose(-1, -2) * scale).masked_fill(future, -math.inf)
         outputs.append(torch.softmax(scores, dim=-1) @ values[group])
+    if f"{layer}.self_attn.router.weight" in tensors:
+        gates = expert_scores(tensors, config, f"{layer}.self_attn", x)
+        count = gates.shape[-1]
+        outputs = [gates[..., [h % count]] * output for h, output in enumerate(outputs)]
     return dense(tensors, f"{layer}.self_attn.o_proj", torch.cat(outputs, dim=-1))
 
 
@@ -193,12 +197,56 @@ def mlp(tensors: Tensors, config: Config, layer: str, x: Tensor) -> Tensor:
     if name not in ACTIVATIONS:
         raise ConfigError(f"hidden_act {name!r} is unknown to the reference: {sorted(ACTIVATIONS)}")
     x = norm(tensors, config, f"{layer}.post_attention_layernorm", x)
+    if f"{layer}.mlp.router.weight" in tensors:
+        return experts(tensors, config, f"{layer}.mlp", x, ACTIVATIONS[name])
     up = dense(tensors, f"{layer}.mlp.up_proj", x)
     if f"{layer}.mlp.gate_proj.weight" in tensors:
         inner = ACTIVATIONS[name](dense(tensors, f"{layer}.mlp.gate_proj", x)) * up
     else:
         inner = ACTIVATIONS[name](up)
     return dense(tensors, f"{layer}.mlp.down_proj", inner)
+
+
+def experts(
+    tensors: Tensors, config: Config, name: str, x: Tensor, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """``sum_i S_i e_i(x)``, one expert at a time: rows of ``up`` and ``gate``, columns of ``down``
+    (arXiv 2404.05567, equation 1)."""
+    scores = expert_scores(tensors, config, name, x)
+    up, down = tensors[f"{name}.up_proj.weight"], tensors[f"{name}.down_proj.weight"]
+    gate = tensors.get(f"{name}.gate_proj.weight")
+    width = up.shape[0] // scores.shape[-1]
+    total = torch.zeros_like(x)
+    for i in range(scores.shape[-1]):
+        own = slice(i * width, (i + 1) * width)
+        inner = x @ up[own].T
+        inner = activation(inner) if gate is None else activation(x @ gate[own].T) * inner
+        total = total + scores[..., [i]] * (inner @ down[:, own].T)
+    return total
+
+
+def expert_scores(tensors: Tensors, config: Config, name: str, x: Tensor) -> Tensor:
+    """Softmax of a router, 0 where the configuration's choice for inference leaves an expert out:
+    ``[B, S, N]``."""
+    if f"{name}.router.hidden.weight" in tensors:
+        hidden = dense(tensors, f"{name}.router.hidden", x)
+        scores = torch.softmax(ACTIVATIONS["gelu"](hidden) @ tensors[f"{name}.router.weight"].T, -1)
+    else:
+        scores = torch.softmax(dense(tensors, f"{name}.router", x), -1)
+    section = DenseMoE.from_dict(config["dense_moe"])
+    attention = name.endswith("self_attn")
+    rule = section.attention_inference if attention else section.inference
+    k = section.attention_top_k if attention else section.top_k
+    above = scores.shape[-1] * scores > section.threshold
+    if rule == "threshold":
+        return torch.where(above, scores, 0)
+    if rule == "threshold-top-k":
+        mean = max(1, round(above.sum().item() / above[..., 0].numel()))
+        k = mean if k is None else min(k, mean)
+    elif rule == "dense":
+        return scores
+    better = (scores[..., None, :] > scores[..., :, None]).sum(-1)
+    return torch.where(better < k, scores, 0)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

@@ -183,4 +183,9 @@ class PluginDecoderAttention(nn.Module):
             **kwargs,
         )
         out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        return self.o_proj(out), weights, key, value
+        return self._project(out, hidden_states), weights, key, value
+
+    def _project(self, heads: Tensor, hidden_states: Tensor) -> Tensor:
+        """The heads' outputs ``[B, S, H * P]`` through the output projection."""
+        projected: Tensor = self.o_proj(heads)
+        return projected

@@ -8,7 +8,14 @@ from typing import Any
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 
-from ..config import FEATURES, ConfigError, CrossLayerAttention, LadderResidual, did_you_mean
+from ..config import (
+    FEATURES,
+    ConfigError,
+    CrossLayerAttention,
+    DenseMoE,
+    LadderResidual,
+    did_you_mean,
+)
 from .remote_code import AUTO_MAP, write_remote_code
 
 NORMALIZATIONS = ("rmsnorm", "layernorm")
@@ -47,6 +54,9 @@ class PluginDecoderConfig(PretrainedConfig):
             ``"kv_norm"``, or None; see ``torch_plugins.config.CrossLayerAttention``. Gemma 3n's
             ``num_kv_shared_layers`` is the nearest standing field, but its sharing layers are the
             last ones, all behind one producer.
+        dense_moe: ``{"num_experts": N, "attention_experts": A, ...}`` or None; see
+            ``torch_plugins.dense_moe_config.DenseMoE``. ``intermediate_size`` is the width of all N
+            experts together, and ``num_attention_heads`` is ``A * num_key_value_heads``.
 
     Raises:
         ConfigError: a value or key is not one of those above.
@@ -89,6 +99,7 @@ class PluginDecoderConfig(PretrainedConfig):
         eos_token_id: int | list[int] | None = None,
         ladder_residual: dict[str, Any] | None = None,
         cross_layer_attention: dict[str, Any] | None = None,
+        dense_moe: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -124,6 +135,7 @@ class PluginDecoderConfig(PretrainedConfig):
         self.use_cache = use_cache
         self.ladder_residual = ladder_residual
         self.cross_layer_attention = cross_layer_attention
+        self.dense_moe = dense_moe
         if head_dim is None and hidden_size % num_attention_heads:
             raise ConfigError(
                 f"hidden_size {hidden_size} is not a multiple of num_attention_heads "
@@ -176,7 +188,7 @@ class PluginDecoderConfig(PretrainedConfig):
                 raise ConfigError(
                     f"{feature.key()} {section!r}: use a dict of its options, or null"
                 )
-        _ = self.ladder_layers, self.kv_producers
+        _ = self.ladder_layers, self.kv_producers, self.experts
 
     @property
     def ladder_layers(self) -> tuple[int, ...]:
@@ -213,6 +225,15 @@ class PluginDecoderConfig(PretrainedConfig):
         """
         producers = self.kv_producers
         return [None if layer == producer else "reuse" for layer, producer in enumerate(producers)]
+
+    @property
+    def experts(self) -> DenseMoE | None:
+        """DS-MoE, checked against the shape; None without the feature."""
+        if self.dense_moe is None:
+            return None
+        feature: DenseMoE = DenseMoE.from_dict(self.dense_moe)
+        check_experts(self, feature)
+        return feature
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
@@ -252,3 +273,50 @@ class PluginDecoderConfig(PretrainedConfig):
         if self._auto_class is None:  # else loaded as remote code, which transformers copies itself
             write_remote_code(save_directory)
         super().save_pretrained(save_directory, **kwargs)
+
+
+def check_experts(config: PluginDecoderConfig, feature: DenseMoE) -> None:
+    """Refuse experts that do not fit the decoder.
+
+    Raises:
+        ConfigError: names field, value and remedy.
+    """
+
+    def require(holds: bool, name: str, remedy: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name} {getattr(config, name)!r}: {remedy}")
+
+    if experts := feature.num_experts:
+        width, rest = divmod(config.intermediate_size, experts)
+        require(
+            not rest,
+            "intermediate_size",
+            f"the width of all experts together, must be a multiple of dense_moe.num_experts "
+            f"{experts}",
+        )
+        require(
+            feature.ffn_hidden_size in (None, width),
+            "intermediate_size",
+            f"dense_moe has {experts} experts of ffn_hidden_size {feature.ffn_hidden_size}: set "
+            f"intermediate_size {experts * (feature.ffn_hidden_size or 0)}, or leave "
+            "ffn_hidden_size out",
+        )
+        require(
+            feature.gated == config.mlp_gated,
+            "mlp_gated",
+            f"dense_moe.gated is {feature.gated}; set both alike",
+        )
+        require(not config.mlp_bias, "mlp_bias", "dense_moe experts have no biases; set false")
+    if experts := feature.attention_experts:
+        heads = experts * config.num_key_value_heads
+        require(
+            config.num_attention_heads == heads,
+            "num_attention_heads",
+            f"dense_moe.attention_experts {experts} of num_key_value_heads "
+            f"{config.num_key_value_heads} query heads each are {heads} heads",
+        )
+        require(
+            not config.attention_output_bias,
+            "attention_output_bias",
+            "the output projection of dense_moe.attention_experts has no bias; set false",
+        )

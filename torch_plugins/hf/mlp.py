@@ -21,7 +21,11 @@ class PluginDecoderMLP(nn.Module):
         self.gated = config.mlp_gated
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _inner(self, x: Tensor) -> Tensor:
+        """What ``down`` reads, ``[..., intermediate_size]``."""
         if self.gated:
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(self.act_fn(self.up_proj(x)))
+            return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.act_fn(self.up_proj(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self._inner(x))

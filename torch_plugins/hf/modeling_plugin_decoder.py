@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -24,6 +25,7 @@ from ..config import ConfigError
 from ..ladder_residual import Streams, apply_layer, initial_streams
 from .attention import PluginDecoderAttention, PluginDecoderRotaryEmbedding
 from .configuration_plugin_decoder import PluginDecoderConfig
+from .experts import PluginDecoderDenseMoE, PluginDecoderDenseMoEAttention, PluginDecoderRouter
 from .mlp import PluginDecoderMLP
 from .norm import build_norm
 
@@ -39,8 +41,12 @@ class PluginDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: PluginDecoderConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = PluginDecoderAttention(config, layer_idx)
-        self.mlp = PluginDecoderMLP(config)
+        experts = config.experts
+        moe_attention = experts is not None and bool(experts.attention_experts)
+        attention = PluginDecoderDenseMoEAttention if moe_attention else PluginDecoderAttention
+        moe_mlp = experts is not None and bool(experts.num_experts)
+        self.self_attn = attention(config, layer_idx)
+        self.mlp = (PluginDecoderDenseMoE if moe_mlp else PluginDecoderMLP)(config)
         self.input_layernorm = build_norm(config)
         self.post_attention_layernorm = build_norm(config)
         self.residual_multiplier = config.residual_multiplier
@@ -108,6 +114,12 @@ class PluginDecoderPreTrainedModel(PreTrainedModel):
         "hidden_states": PluginDecoderLayer,
         "attentions": PluginDecoderAttention,
     }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PluginDecoderRouter):
+            initialization.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
 
 class PluginDecoderModel(PluginDecoderPreTrainedModel):

@@ -18,11 +18,15 @@ AUTO_MAP = {
 """``auto_map`` of ``config.json``: file and class behind each Auto class."""
 
 SOURCES = (
+    "../auxiliary_loss.py",
     "../config.py",
+    "../dense_moe.py",
+    "../dense_moe_config.py",
     "../feature.py",
     "../ladder_residual.py",
     "attention.py",
     "configuration_plugin_decoder.py",
+    "experts.py",
     "mlp.py",
     "modeling_plugin_decoder.py",
     "norm.py",
@@ -32,7 +36,8 @@ SOURCES = (
 
 
 def write_remote_code(folder: str | os.PathLike[str]) -> list[Path]:
-    """Copy the files of the decoder into ``folder``; ``from ..x`` becomes ``from .x``.
+    """Copy the files of the decoder into ``folder``; ``from ..x`` becomes ``from .x``, and what a
+    file does as a command stays behind.
 
     Returns:
         The files written.
@@ -43,6 +48,7 @@ def write_remote_code(folder: str | os.PathLike[str]) -> list[Path]:
     for source in SOURCES:
         text = (Path(__file__).parent / source).read_text("utf-8")
         text = re.sub(r"^(\s*from )\.\.(?=\w)", r"\1.", text, flags=re.MULTILINE)
+        text = text.partition('\n\nif __name__ == "__main__":')[0]  # a command of ours
         written.append(target / Path(source).name)
         written[-1].write_text(text, "utf-8")
     return written
