@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from torch_plugins import dense_moe
 from torch_plugins.dense_moe import (
     dense_mlp,
     gate_heads,
@@ -92,14 +93,45 @@ KEPT = {
 
 @gated
 @pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
-@pytest.mark.parametrize("tokens", [1, T])
-def test_sparse_is_dense_with_the_other_scores_zero(gated, kept, tokens):
-    """Not renormalized."""
-    x, logits, up, down = layer(gated, tokens)
-    S = scores(logits)
-    mask = kept(S)
-    expected = experts_one_by_one(x, S * mask, up, down)
-    torch.testing.assert_close(sparse_mlp(x, S, mask, up, down, activation(gated)), expected)
+@pytest.mark.parametrize("few", [0, T], ids=["by group", "by run"])
+def test_sparse_is_dense_with_the_other_scores_zero(gated, kept, few, monkeypatch):
+    """Not renormalized; in portions of three tokens, and for one token as for many."""
+    monkeypatch.setattr(dense_moe, "FEW_TOKENS", few)
+    monkeypatch.setattr(dense_moe, "ROWS", 3)
+    for tokens in (1, T):
+        x, logits, up, down = inputs = layer(gated, tokens)
+        S = scores(logits)
+        mask = kept(S)
+        expected = experts_one_by_one(x, S * mask, up, down)
+        for weights in (up, tuple(up)) if gated else (up,):
+            output = sparse_mlp(x, S, mask, weights, down, activation(gated))
+            torch.testing.assert_close(output, expected)
+        if not mask.any():
+            continue
+        for mine, other in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("few", [0, T], ids=["by group", "by run"])
+def test_experts_that_no_token_keeps_are_not_read(few, monkeypatch):
+    monkeypatch.setattr(dense_moe, "FEW_TOKENS", few)
+    x, logits, up, down = layer(gated=True)
+    mask = torch.arange(N).ge(4).expand(T, N)
+    unread = torch.arange(N * WIDTH) < 4 * WIDTH
+    up = up.masked_fill(unread.unsqueeze(-1), torch.nan)
+    down = down.masked_fill(unread, torch.nan)
+    assert sparse_mlp(x, scores(logits), mask, up, down, F.silu).isfinite().all()
+
+
+def test_few_tokens_are_more_in_16_bit(monkeypatch):
+    taken = []
+    for form in ("_sparse_by_run", "_sparse_by_group"):
+        monkeypatch.setattr(dense_moe, form, lambda *_, form=form: taken.append(form))
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in (1, 2, 32, 33):
+            x, logits, up, down = (each.to(dtype) for each in layer(False, tokens))
+            sparse_mlp(x, logits, logits > 0, up, down, F.gelu)
+    assert [form == "_sparse_by_run" for form in taken] == [True, *[False] * 3, *[True] * 3, False]
 
 
 def test_what_is_kept():
