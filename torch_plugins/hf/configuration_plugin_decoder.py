@@ -237,7 +237,10 @@ class PluginDecoderConfig(PretrainedConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """Tensor parallelism: column-parallel into each module, row-parallel out of it."""
+        """Tensor parallelism: column-parallel into each module, row-parallel out of it. Empty for
+        experts, where scores and matrices would have to be divided alike: transformers refuses."""
+        if self.dense_moe is not None:
+            return {}
         columns = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"]
         columns += ["mlp.gate_proj"] if self.mlp_gated else []
         plan = {f"layers.*.{name}": "colwise" for name in columns}

@@ -1,4 +1,4 @@
-"""DS-MoE in the decoder: routers, experts of the MLP, experts of attention (arXiv 2404.05567).
+"""DS-MoE in the decoder: experts of the MLP and experts of attention (arXiv 2404.05567).
 
 In training every expert computes every token. In evaluation those compute that the configuration's
 ``inference`` and ``attention_inference`` keep; ``set_experts`` of the model changes the choice.
@@ -11,74 +11,30 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.cache_utils import Cache
 
-from ..auxiliary_loss import AuxiliaryLoss, Scope
-from ..dense_moe import gate_heads, mutual_information_loss, scores, shared_marginal
+from ..config import ConfigError, DenseMoE, did_you_mean
+from ..dense_moe import gate_heads, sparse_mlp
+from ..dense_moe_attention import Chosen, sparse_attention
 from .attention import PluginDecoderAttention
-from .configuration_plugin_decoder import PluginDecoderConfig
+from .configuration_plugin_decoder import PluginDecoderConfig, check_experts
 from .mlp import PluginDecoderMLP
+from .router import PluginDecoderRouter
 
-REMEDY = (
-    "DeepSpeed does so with the plugin installed. Anywhere else, before the first step: scope = "
-    "Scope(); bind(model, scope); scope.scale = 1 / gradient_accumulation_steps (Scope and bind of "
-    "torch_plugins.auxiliary_loss; times the loss scale of a gradient scaler). Or train without "
-    "these losses: dense_moe.mi_weight_mlp and dense_moe.mi_weight_attention 0"
-)
+CHOICE = ("inference", "top_k", "threshold", "attention_inference", "attention_top_k")
+"""Fields of ``dense_moe`` that may change while the model is in memory."""
 
-
-class MutualInformation(AuxiliaryLoss):
-    """The loss ``L_MI`` of a router, with the remedy of those who train without a host for it."""
-
-    def __init__(self, name: str, coefficient: float) -> None:
-        super().__init__(name, coefficient)
-        self.scope = Scope(REMEDY)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "scope": Scope(REMEDY)}
-
-
-class PluginDecoderRouter(nn.Module):
-    """Scores ``softmax(weight x)`` or ``softmax(weight gelu(hidden x))``, ``[..., D] -> [..., N]``.
-
-    Its loss is attached to the scores. All positions count in it, padding too.
-
-    Args:
-        kind: of experts, ``mlp`` or ``attention``.
-    """
-
-    def __init__(self, config: PluginDecoderConfig, kind: str) -> None:
-        super().__init__()
-        feature = config.experts
-        assert feature is not None
-        attention = kind == "attention"
-        experts = feature.attention_experts if attention else feature.num_experts
-        coefficient = feature.mi_weight_attention if attention else feature.mi_weight_mlp
-        width, self.hidden = config.hidden_size, None
-        if feature.router == "mlp":
-            width = feature.router_hidden_size
-            self.hidden = nn.Linear(config.hidden_size, width, bias=False)
-        self.weight = nn.Parameter(torch.empty(experts or 0, width))
-        self.loss = MutualInformation(f"mi_{kind}", coefficient) if coefficient else None
-        self.shares_marginal = feature.mi_reduction == "data-parallel"
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = F.linear(x if self.hidden is None else F.gelu(self.hidden(x)), self.weight)
-        probabilities = scores(logits)
-        if self.loss is None or not torch.is_grad_enabled():
-            return probabilities
-        marginal = None
-        if self.shares_marginal and dist.is_available() and dist.is_initialized():
-            assert dist.group.WORLD is not None
-            marginal = shared_marginal(logits, dist.group.WORLD)
-        return self.loss.attach(probabilities, mutual_information_loss(logits, marginal))
+SPARSE_ATTENTION = ("sdpa", "eager")
+"""Attention implementations that hand over the mask that sparse attention reads."""
 
 
 class PluginDecoderDenseMoE(PluginDecoderMLP):
-    """``sum_i S_i down_i(act(up_i x))``, or with gated experts: one wide MLP (equation 1)."""
+    """``sum_i S_i down_i(act(up_i x))``, or with gated experts: one wide MLP (equation 1).
+
+    With some experts only it reads the weights of its projections without calling these.
+    """
 
     def __init__(self, config: PluginDecoderConfig) -> None:
         super().__init__(config)
@@ -86,13 +42,32 @@ class PluginDecoderDenseMoE(PluginDecoderMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.router(x)
+        if self.router.sparse:
+            return self._sparse(x, weights)
         inner = self._inner(x).unflatten(-1, (weights.shape[-1], -1))
         return self.down_proj((inner * weights.unsqueeze(-1)).flatten(-2))
+
+    def _sparse(self, x: Tensor, weights: Tensor) -> Tensor:
+        up = weight_of(self, "up_proj")
+        ups = (weight_of(self, "gate_proj"), up) if self.gated else up
+        out = sparse_mlp(
+            x.flatten(0, -2),
+            weights.flatten(0, -2),
+            self.router.keep(weights).flatten(0, -2),
+            ups,
+            weight_of(self, "down_proj"),
+            self.act_fn,
+        )
+        return out.view(*x.shape)
 
 
 class PluginDecoderDenseMoEAttention(PluginDecoderAttention):
     """Grouped-query attention whose head ``j A + i`` is multiplied by the score of expert i before
-    the output projection (equations 7 and 8)."""
+    the output projection (equations 7 and 8).
+
+    With some experts only it reads the weights of ``q_proj`` and ``o_proj`` without calling these,
+    attends through ``scaled_dot_product_attention``, and returns no attention weights.
+    """
 
     def __init__(self, config: PluginDecoderConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -102,3 +77,105 @@ class PluginDecoderDenseMoEAttention(PluginDecoderAttention):
         by_head = heads.unflatten(-1, (-1, self.head_dim))
         gated = gate_heads(by_head, self.router(hidden_states)).flatten(-2)
         return super()._project(gated, hidden_states)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        stream: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        cache = past_key_values if cache is None else cache
+        if not self.router.sparse:
+            shared = (stream, key, value, position_embeddings, attention_mask)
+            return super().forward(hidden_states, *shared, cache=cache, **kwargs)
+        self._check_implementation()
+        if self.is_producer:
+            kv_input = hidden_states if self.kv_norm is None else self.kv_norm(stream)
+            key, value = self._key_value(kv_input, position_embeddings, cache)
+        assert key is not None
+        assert value is not None
+        out = self._sparse(hidden_states, key, value, position_embeddings, attention_mask)
+        return out, None, key, value
+
+    def _check_implementation(self) -> None:
+        implementation = self.config._attn_implementation
+        if implementation not in SPARSE_ATTENTION:
+            raise ConfigError(
+                f"attention implementation {implementation!r}: with dense_moe.attention_inference "
+                f'other than "dense" use {" or ".join(SPARSE_ATTENTION)} '
+                '(set_attn_implementation("sdpa")), or compute all experts with '
+                'set_experts(attention_inference="dense")'
+            )
+
+    def _sparse(
+        self,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """The kept experts of every token, ``[B, S, D]``."""
+        weights = self.router(x)
+        order = (key.shape[1], weights.shape[-1], self.head_dim)
+        into = weight_of(self, "q_proj").unflatten(0, order)
+        bias = None if self.q_proj.bias is None else self.q_proj.bias.unflatten(0, order)
+        out_of = weight_of(self, "o_proj").unflatten(1, order)
+
+        def query(group: Chosen) -> Tensor:
+            own = None if bias is None else bias[:, group.expert].flatten()
+            projected = F.linear(group.rows(x), into[:, group.expert].flatten(0, 1), own)
+            turn = None if rotary is None else (group.rows(rotary[0]), group.rows(rotary[1]))
+            return self._heads(projected, self.q_norm, turn)
+
+        def output(expert: int, heads: Tensor) -> Tensor:
+            return F.linear(heads, out_of[:, :, expert].flatten(1))
+
+        kept = self.router.keep(weights)
+        return sparse_attention(
+            query, output, key, value, weights, kept, x.shape[-1], mask, self.scaling
+        )
+
+
+def weight_of(module: nn.Module, name: str) -> Tensor:
+    """The weight of a projection that is read without calling it.
+
+    Raises:
+        ConfigError: something else has taken its place, an adapter or a quantized layer, whose
+            function its weight does not tell.
+    """
+    projection = getattr(module, name)
+    if type(projection) is not nn.Linear:
+        kind = type(projection)
+        raise ConfigError(
+            f"{name} is a {kind.__module__}.{kind.__qualname__}: evaluation with some of the "
+            "experts reads the weights of plain linear layers; merge adapters and do not quantize, "
+            'or compute all experts with set_experts(inference="dense", '
+            'attention_inference="dense")'
+        )
+    return projection.weight
+
+
+def set_experts(model: nn.Module, config: PluginDecoderConfig, choice: dict[str, Any]) -> None:
+    """See ``PluginDecoderPreTrainedModel.set_experts``."""
+    if config.dense_moe is None:
+        raise ConfigError("set_experts: the model has no dense_moe")
+    for name in choice:
+        if name not in CHOICE:
+            raise ConfigError(f"set_experts: {name}{did_you_mean(name, list(CHOICE))}")
+    section = {**config.dense_moe, **choice}
+    for rule, k in (("inference", "top_k"), ("attention_inference", "attention_top_k")):
+        if rule in choice and k not in choice:
+            section.pop(k, None)  # it went with the rule before
+    feature = DenseMoE.from_dict(section)
+    check_experts(config, feature)
+    config.dense_moe = section
+    for module in model.modules():
+        if isinstance(module, PluginDecoderRouter):
+            module.choose(feature)

@@ -25,9 +25,10 @@ from ..config import ConfigError
 from ..ladder_residual import Streams, apply_layer, initial_streams
 from .attention import PluginDecoderAttention, PluginDecoderRotaryEmbedding
 from .configuration_plugin_decoder import PluginDecoderConfig
-from .experts import PluginDecoderDenseMoE, PluginDecoderDenseMoEAttention, PluginDecoderRouter
+from .experts import PluginDecoderDenseMoE, PluginDecoderDenseMoEAttention, set_experts
 from .mlp import PluginDecoderMLP
 from .norm import build_norm
+from .router import PluginDecoderRouter
 
 CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
 """What the running transformers calls the key-value cache: 5.24 renamed it. Both are accepted."""
@@ -120,6 +121,27 @@ class PluginDecoderPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, PluginDecoderRouter):
             initialization.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+
+    def set_experts(self, **choice: Any) -> None:
+        """Choose the experts that evaluation and generation compute from now on; training computes
+        all::
+
+            model.set_experts(inference="top-k", top_k=4)
+            model.set_experts(inference="threshold", threshold=0.48)
+            model.set_experts(inference="dense", attention_inference="dense")
+
+        A field left out stays, but a ``top_k`` goes with its rule. ``threshold-top-k`` takes K from
+        all tokens of a forward pass, so that with it a token's logits depend on the rest of the
+        batch, and a prompt's on how it is divided.
+
+        Args:
+            choice: ``inference``, ``top_k``, ``threshold``, ``attention_inference`` and
+                ``attention_top_k``, as in ``config.dense_moe``, which has them afterwards.
+
+        Raises:
+            ConfigError: the model has no experts, or a value is wrong; nothing is changed then.
+        """
+        set_experts(self, self.config, choice)
 
 
 class PluginDecoderModel(PluginDecoderPreTrainedModel):
@@ -216,6 +238,8 @@ class PluginDecoderForCausalLM(PluginDecoderPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        if not config.base_model_tp_plan:
+            self._tp_plan = {}  # else the head alone would be divided
 
     @can_return_tuple
     def forward(

@@ -21,6 +21,7 @@ SOURCES = (
     "../auxiliary_loss.py",
     "../config.py",
     "../dense_moe.py",
+    "../dense_moe_attention.py",
     "../dense_moe_config.py",
     "../feature.py",
     "../ladder_residual.py",
@@ -31,6 +32,7 @@ SOURCES = (
     "modeling_plugin_decoder.py",
     "norm.py",
     "remote_code.py",
+    "router.py",
 )
 """What the decoder imports of ours, relative to this file."""
 
