@@ -103,7 +103,7 @@ def machine_readable(
     }
 
 
-def show(title: str, header: list[str], rows: list[list[str]]) -> None:
+def show(title: str, header: list[str], rows: list[list[str]], last_apart: bool = True) -> None:
     """A table of numbers: drawn by rich where it is installed, else plain text."""
     try:
         from rich.console import Console
@@ -118,7 +118,7 @@ def show(title: str, header: list[str], rows: list[list[str]]) -> None:
     for name in header:
         drawn.add_column(name, justify="right")
     for row in rows:
-        drawn.add_row(*row, end_section=row is rows[-2])
+        drawn.add_row(*row, end_section=last_apart and row is rows[-2])
     Console(soft_wrap=True).print(drawn)
 
 
