@@ -41,6 +41,7 @@ def experts_class(base: type) -> type:
             self.own = slice(first, first + experts // processes)
             self._scores: Tensor | None = None
             self.linear_fc2.register_forward_pre_hook(self._weigh)
+            self.register_load_state_dict_pre_hook(sharding.take_one_extra_state)
 
         def _weigh(self, linear: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
             """Multiply each expert's activations, ``[S, B, N F / T]``, by its score."""

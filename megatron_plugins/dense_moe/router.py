@@ -17,6 +17,10 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor, nn
 
 from megatron_plugins import auxiliary_loss
@@ -93,3 +97,17 @@ class Router(nn.Module):
             return None
         flat = scores.flatten(0, 1)
         return dense_moe.keep(flat, *self.kept).view_as(scores)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """The same on every tensor-parallel process."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            sharded_offsets=sharded_offsets,
+            tp_group=self.group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return state

@@ -16,6 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
+    make_sharded_object_for_checkpoint,
     sharded_state_dict_default,
 )
 from torch import Tensor
@@ -29,16 +30,33 @@ def with_expert_keys(mlp: Any, prefix: str, sharded_offsets: Any, metadata: Any)
         state |= sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata)
     gated = mlp.config.gated_linear_unit
     for linear, parts in (("linear_fc1", 2 if gated else 1), ("linear_fc2", 1)):
-        stock = state[f"{prefix}{linear}.weight"]
-        state[f"{prefix}{linear}.weight"] = _factory(
-            stock,
-            f"{prefix}experts.experts.{linear}.weight",
-            tuple(sharded_offsets),
-            mlp.tp_group,
-            mlp.own.stop - mlp.own.start,
-            parts,
+        name, key = f"{prefix}{linear}.", f"{prefix}experts.experts.{linear}."
+        offsets, count = tuple(sharded_offsets), mlp.own.stop - mlp.own.start
+        state[f"{name}weight"] = _factory(
+            state[f"{name}weight"], f"{key}weight", offsets, mlp.tp_group, count, parts
         )
+        extra = state.pop(f"{name}_extra_state", None)
+        for expert in range(mlp.own.start, mlp.own.stop) if extra else ():
+            state[_of_expert(prefix, linear, expert)] = make_sharded_object_for_checkpoint(
+                extra.data,
+                f"{key}_extra_state",
+                (*offsets, (len(offsets), expert, mlp.router.experts)),
+                replica_id=(0, 0, extra.replica_id[-1]),
+            )
     return state
+
+
+def _of_expert(prefix: str, linear: str, expert: int) -> str:
+    return f"{prefix}experts.{expert}.{linear}._extra_state"
+
+
+def take_one_extra_state(mlp: Any, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    """Before ``load_state_dict``: what was stored for each expert is the linear's own."""
+    for linear in ("linear_fc1", "linear_fc2"):
+        for expert in range(mlp.own.start, mlp.own.stop):
+            name = _of_expert(prefix, linear, expert)
+            if name in state:
+                state[f"{prefix}{linear}._extra_state"] = state.pop(name)
 
 
 def _factory(
