@@ -17,12 +17,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..config import ConfigError
+from .experts import ExpertTensors
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ..hf import PluginDecoderConfig
 
 INDEX = "model.safetensors.index.json"
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+"""Class of a stock model by its ``model_type``."""
 
 
 class Weights(Protocol):
@@ -142,8 +151,8 @@ def write_model(
 ) -> str:
     """Write all files of a model; returns its ``model_type``.
 
-    A decoder that transformers knows under another name is written as that model, any other with
-    the code that runs it.
+    A decoder that transformers knows under another name is written as that model, with its names of
+    the tensors; any other with the code that runs it.
     """
     from transformers import GenerationConfig
 
@@ -152,11 +161,10 @@ def write_model(
     for name, token_id in tokenizer.special_ids.items():
         setattr(config, name, token_id)
     written: Any = stock_config(config) or config
-    written.architectures = [
-        {"llama": "LlamaForCausalLM", "granite": "GraniteForCausalLM"}.get(
-            written.model_type, "PluginDecoderForCausalLM"
-        )
-    ]
+    written.architectures = [ARCHITECTURES.get(written.model_type, "PluginDecoderForCausalLM")]
+    if written.model_type in ("qwen2_moe", "qwen3_moe"):
+        shared = getattr(written, "shared_expert_intermediate_size", None)
+        tensors = ExpertTensors(tensors, written.num_experts, shared)
     written.save_pretrained(folder)
     GenerationConfig(**tokenizer.special_ids).save_pretrained(folder)
     tokenizer.write(folder)
