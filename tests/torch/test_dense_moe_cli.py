@@ -128,6 +128,8 @@ def folder(tmp_path_factory):
             layer.self_attn.router.weight.zero_()
             layer.mlp.router.weight.zero_()
         model.model.layers[0].mlp.router.weight.copy_(50 * torch.eye(4))
+        # N S of 1.1 and 0.9: the norm makes 2 of the embedding's 1.
+        model.model.layers[0].self_attn.router.weight[0].fill_(0.1)
     model.save_pretrained(path)
     core = Tokenizer(models.WordLevel(dict(zip("abcd", range(4), strict=True)), unk_token="a"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -156,6 +158,13 @@ def test_utilization(folder, tmp_path, capsys):
     assert unsure["mutual_information"] == pytest.approx(0, abs=1e-6)
     assert unsure["conditional_entropy"] == pytest.approx(math.log(4), abs=1e-4)
     assert unsure["active"] == 1
+    assert rows[0, "attention"]["active_N"] == [1, 1]
+    main(["utilization", str(folder), *options, "--threshold", "0.95", "--json"])
+    strict = json.loads(capsys.readouterr().out)["routers"]
+    (active,) = (
+        row["active_N"] for row in strict if (row["layer"], row["kind"]) == (0, "attention")
+    )
+    assert active == [1, 0]
 
     main(["utilization", str(folder), *options])
     text = capsys.readouterr().out
