@@ -11,11 +11,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from megatron.core.tensor_parallel.mappings import (
-    gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
 from megatron_plugins.dense_moe import sharding
@@ -70,7 +66,7 @@ def experts_class(base: type) -> type:
             config, group = self.config, self.tp_group
             sequence_parallel = config.sequence_parallel and group.size() > 1
             if sequence_parallel:
-                x = gather_from_sequence_parallel_region(x, group=group)
+                x = mappings.gather_from_sequence_parallel_region(x, group=group)
             up, down = self.linear_fc1.weight, self.linear_fc2.weight
             out = dense_moe.sparse_mlp(
                 x.flatten(0, 1),
@@ -83,8 +79,8 @@ def experts_class(base: type) -> type:
             if group.size() == 1 or keeps_partial_sums(self.linear_fc2):
                 return out
             if sequence_parallel:
-                return reduce_scatter_to_sequence_parallel_region(out, group=group)
-            return reduce_from_tensor_model_parallel_region(out, group=group)
+                return mappings.reduce_scatter_to_sequence_parallel_region(out, group=group)
+            return mappings.reduce_from_tensor_model_parallel_region(out, group=group)
 
         def sharded_state_dict(
             self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None

@@ -13,14 +13,8 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-)
+from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer import utils
 from torch import Tensor, nn
 
 from megatron_plugins import auxiliary_loss
@@ -71,8 +65,8 @@ class Router(nn.Module):
         if self.group.size() == 1:
             return scores
         if self.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(scores, group=self.group)
-        return copy_to_tensor_model_parallel_region(scores, group=self.group)
+            return mappings.gather_from_sequence_parallel_region(scores, group=self.group)
+        return mappings.copy_to_tensor_model_parallel_region(scores, group=self.group)
 
     def _with_loss(self, scores: Tensor, logits: Tensor) -> Tensor:
         """Attach the loss, and count the statistics."""
@@ -102,8 +96,8 @@ class Router(nn.Module):
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> dict[str, Any]:
         """The same on every tensor-parallel process."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        metadata = utils.ensure_metadata_has_dp_cp_group(metadata)
+        state: dict[str, Any] = utils.make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
             sharded_offsets=sharded_offsets,

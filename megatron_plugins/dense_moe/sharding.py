@@ -13,21 +13,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_object_for_checkpoint,
-    sharded_state_dict_default,
-)
+from megatron.core.dist_checkpointing import mapping
+from megatron.core.transformer import utils
 from torch import Tensor
 
 
 def with_expert_keys(mlp: Any, prefix: str, sharded_offsets: Any, metadata: Any) -> dict[str, Any]:
     """Sharded state of an ``ExpertsMLP``."""
-    metadata = ensure_metadata_has_dp_cp_group(metadata)
+    metadata = utils.ensure_metadata_has_dp_cp_group(metadata)
     state: dict[str, Any] = {}
     for name, module in mlp.named_children():
-        state |= sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata)
+        state |= utils.sharded_state_dict_default(
+            module, f"{prefix}{name}.", sharded_offsets, metadata
+        )
     gated = mlp.config.gated_linear_unit
     for linear, parts in (("linear_fc1", 2 if gated else 1), ("linear_fc2", 1)):
         name, key = f"{prefix}{linear}.", f"{prefix}experts.experts.{linear}."
@@ -37,7 +35,7 @@ def with_expert_keys(mlp: Any, prefix: str, sharded_offsets: Any, metadata: Any)
         )
         extra = state.pop(f"{name}_extra_state", None)
         for expert in range(mlp.own.start, mlp.own.stop) if extra else ():
-            state[_of_expert(prefix, linear, expert)] = make_sharded_object_for_checkpoint(
+            state[_of_expert(prefix, linear, expert)] = utils.make_sharded_object_for_checkpoint(
                 extra.data,
                 f"{key}_extra_state",
                 (*offsets, (len(offsets), expert, mlp.router.experts)),
@@ -80,7 +78,7 @@ def _factory(
     def build(key: str, matrix: Tensor, replica_id: Any, flattened_range: Any) -> list[Any]:
         along = (lead, group.rank(), group.size())
         return [
-            ShardedTensor.from_rank_offsets(
+            mapping.ShardedTensor.from_rank_offsets(
                 key,
                 part,
                 *offsets,
@@ -98,4 +96,4 @@ def _factory(
             return torch.stack(parts_of).reshape(shape)
         return parts_of[0].transpose(0, 1).reshape(shape)
 
-    return ShardedTensorFactory(key, stock.data, build, merge, stock.replica_id)
+    return mapping.ShardedTensorFactory(key, stock.data, build, merge, stock.replica_id)

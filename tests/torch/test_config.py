@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torch_plugins.config import FEATURES, ConfigError, LadderResidual, parse_layers
+from torch_plugins.config import FEATURES, ConfigError, DenseMoE, LadderResidual, parse_layers
 
 
 @pytest.mark.parametrize(
@@ -61,15 +61,21 @@ def test_parse_layers_reads_any_set_of_indices(num_layers, data):
     assert parse_layers(spec, num_layers) == tuple(sorted(chosen))
 
 
+NEEDED = {DenseMoE: {"num_experts": 8}}
+"""What a feature does not do without."""
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_round_trip_and_names(feature):
-    assert feature.from_dict(feature().to_dict()) == feature()
-    assert feature.from_dict({}) == feature()
+    needed = NEEDED.get(feature, {})
+    settings = feature(**needed)
+    assert feature.from_dict(settings.to_dict()) == settings
+    assert feature.from_dict(needed) == settings
     parser = argparse.ArgumentParser()
     if feature.switch is None:
         assert feature.flag() == f"--{feature.name}"
         assert parser.add_argument(feature.flag(), action="store_true").dest == feature.key()
-    for name in feature().to_dict():
+    for name in settings.to_dict():
         assert parser.add_argument(feature.flag(name)).dest == feature.dest(name)
 
 
@@ -85,3 +91,42 @@ def test_ladder_flags():
 def test_unknown_key_is_an_error_with_a_suggestion(key, hint):
     with pytest.raises(ConfigError, match=f"ladder_residual: unknown key '{key}'; {hint}"):
         LadderResidual.from_dict({key: "all"})
+
+
+def test_dense_moe_presets_are_the_papers():
+    """Table 1 of the paper; what is given beside a preset goes first."""
+    small = DenseMoE(preset="1b")
+    assert (small.num_experts, small.ffn_hidden_size, small.attention_experts) == (32, 256, 16)
+    assert (small.mi_weight_mlp, small.mi_weight_attention) == (6.3e-4, 3.5e-4)
+    assert DenseMoE(preset="6b", attention_experts=0).attention_experts == 0
+    assert DenseMoE(num_experts=4).mi_weight_mlp == DenseMoE(preset="3b").mi_weight_mlp == 4e-4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "without experts: give dense_moe.num_experts"),
+        ({"num_experts": 1}, "must be at least 2"),
+        ({"num_experts": 4, "top_k": 2}, "does nothing with dense_moe.inference"),
+        ({"num_experts": 4, "inference": "top-k"}, "needs dense_moe.top_k"),
+        ({"num_experts": 4, "inference": "top-k", "top_k": 5}, "there are 4 experts"),
+        ({"num_experts": 4, "attention_inference": "threshold"}, "no attention_experts"),
+        ({"num_experts": 4, "threshold": 1.0}, "below 1"),
+        ({"num_experts": 4, "router": "linaer"}, "did you mean 'linear'"),
+        ({"num_experts": 4, "mi_weight_mlp": -1}, "not negative"),
+        ({"preset": "2b"}, "unknown"),
+        ({"num_experts": 4, "gated": "yes"}, "true or false"),
+    ],
+)
+def test_dense_moe_settings_that_are_wrong(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        DenseMoE(**fields)
+
+
+def test_dense_moe_rules_of_inference():
+    assert DenseMoE(num_experts=4).kept() is None
+    assert DenseMoE(num_experts=4, inference="top-k", top_k=2).kept() == (2, None)
+    assert DenseMoE(num_experts=4, inference="threshold").kept() == (None, 0.48)
+    assert DenseMoE(num_experts=4, inference="threshold-top-k").kept() == (4, 0.48)
+    heads = DenseMoE(attention_experts=8, attention_inference="threshold-top-k", attention_top_k=3)
+    assert heads.kept(attention=True) == (3, 0.48)
