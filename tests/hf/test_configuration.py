@@ -19,6 +19,21 @@ from torch_plugins.config import ConfigError
         ({"cross_layer_attention": {"sharing_factor": 5}}, "the model has 4 layers"),
         ({"cross_layer_attention": {"pattern": "0,0,1,1"}}, "layer 2 must be its own producer"),
         ({"cross_layer_attentoin": {}}, "did you mean 'cross_layer_attention'"),
+        ({"dense_moe": {"num_expert": 4, "gated": True}}, "did you mean 'num_experts'"),
+        ({"dense_moe": {"num_experts": 3, "gated": True}}, "intermediate_size 40: .*num_experts 3"),
+        (
+            {"dense_moe": {"num_experts": 4, "ffn_hidden_size": 8, "gated": True}},
+            "intermediate_size 40: .* set intermediate_size 32",
+        ),
+        ({"dense_moe": {"num_experts": 4}}, "mlp_gated True: dense_moe.gated is False"),
+        ({"dense_moe": {"num_experts": 4, "gated": True}, "mlp_bias": True}, "mlp_bias True"),
+        ({"dense_moe": {"attention_experts": 4}}, "num_attention_heads 4: .* are 8 heads"),
+        (
+            {"dense_moe": {"attention_experts": 2}, "attention_bias": True},
+            "attention_output_bias True: .*set false",
+        ),
+        ({"dense_moe": {"num_experts": 4, "inference": "top-k"}}, "needs dense_moe.top_k"),
+        ({"dense_mo": {}}, "did you mean 'dense_moe'"),
         ({"normalization": "RMSNorm"}, "normalization 'RMSNorm'"),
         ({"position_embedding_type": "alibi"}, "position_embedding_type 'alibi'"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
@@ -51,6 +66,7 @@ def test_round_trip(make_config, tmp_path):
         attention_output_bias=False,
         tie_word_embeddings=True,
         eos_token_id=[3, 4],
+        dense_moe={"num_experts": 4, "gated": True, "inference": "top-k", "top_k": 2},
     )
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
@@ -58,7 +74,10 @@ def test_round_trip(make_config, tmp_path):
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["ladder_residual"] == {"layers": "1-2"}
     assert written["cross_layer_attention"] == {"pattern": "0,1,1,3", "kv_norm": "separate"}
+    assert written["dense_moe"] == config.dense_moe
     assert again.kv_producers == (0, 1, 1, 3)
+    assert again.experts == config.experts
+    assert again.experts.kept() == (2, None)
     assert written["model_type"] == "plugin_decoder"
     assert set(written["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 
@@ -69,6 +88,7 @@ def test_pipeline_plan_only_where_one_tensor_is_the_state(make_config):
     assert make_config(ladder_residual={"layers": "last:1"}).base_model_pp_plan is None
     assert make_config(cross_layer_attention={"sharing_factor": 2}).base_model_pp_plan is None
     assert make_config(cross_layer_attention={"sharing_factor": 1}).base_model_pp_plan is not None
+    assert make_config(dense_moe={"attention_experts": 2}).base_model_pp_plan is not None
     assert make_config(embedding_multiplier=2.0).base_model_pp_plan is None
     assert make_config(position_embedding_type="learned_absolute").base_model_pp_plan is None
 
@@ -87,3 +107,4 @@ def test_tensor_plan_names_every_projection(make_model):
         linears = {n.replace("layers.0", "layers.*") for n, _ in model.named_modules()}
         plan = {name for name in model.tp_plan if "layers" in name}
         assert plan == {n for n in linears if n.endswith("_proj") and "layers.*" in n}
+    assert make_model(dense_moe={"attention_experts": 2}).tp_plan == {}

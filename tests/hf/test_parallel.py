@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from torch_plugins.auxiliary_loss import Scope, bind
+
 WORKER = r'''
 import sys
 import torch
@@ -16,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 import torch_plugins.hf
+from torch_plugins.auxiliary_loss import Scope, bind
 
 work = sys.argv[1]
 ids = load_file(f"{work}/ids.safetensors")["ids"]
@@ -41,7 +44,24 @@ for name in ("ladder", "gpt", "cla"):
     for key, parameter in weights.items():
         out[f"{name}.{key}"] = whole(parameter.grad)
 
-out["dense.logits"] = load("dense", pp_size=2)(ids).logits.detach()
+for name in ("dense", "moe"):
+    out[f"{name}.logits"] = load(name, pp_size=2).eval()(ids).logits.detach()
+try:
+    load("moe", tp_size=2)
+except ValueError as error:
+    assert "tp" in str(error), error
+else:
+    raise AssertionError("experts ran under tensor parallelism")
+
+model = AutoModelForCausalLM.from_pretrained(f"{work}/moe").train()
+scope = Scope()
+bind(model, scope)
+scope.scale = 1.0
+rank = torch.distributed.get_rank()
+model(ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss.backward()
+for key, parameter in model.named_parameters():
+    torch.distributed.all_reduce(parameter.grad)
+    out[f"moe.{key}"] = parameter.grad / 2
 if torch.distributed.get_rank() == 0:
     save_file({k: v.contiguous() for k, v in out.items()}, f"{work}/out.safetensors")
 '''
@@ -61,6 +81,18 @@ CLA = {
     "qk_norm": True,
     "ladder_residual": {"layers": "1-2"},
 }
+
+MOE = {
+    "dense_moe": {
+        "num_experts": 5,
+        "attention_experts": 2,
+        "gated": True,
+        "mi_weight_mlp": 0.3,
+        "mi_weight_attention": 0.2,
+        "mi_reduction": "data-parallel",
+    }
+}
+"""Each process has half of the tokens, and the mean of the scores is over all."""
 
 
 @pytest.fixture
@@ -93,6 +125,7 @@ def test_two_processes_equal_one(run_worker, make_model, tokens):
         "gpt": make_model(**GPT),
         "cla": make_model(**CLA),
         "dense": make_model(),
+        "moe": make_model(**MOE),
     }
     out = run_worker(models, tokens())
     close = {"rtol": 1e-4, "atol": 1e-5}
@@ -102,4 +135,11 @@ def test_two_processes_equal_one(run_worker, make_model, tokens):
         torch.testing.assert_close(out[f"{name}.logits"], result.logits, **close)
         for key, parameter in models[name].named_parameters():
             torch.testing.assert_close(out[f"{name}.{key}"], parameter.grad, **close)
-    torch.testing.assert_close(out["dense.logits"], models["dense"](tokens()).logits, **close)
+    for name in ("dense", "moe"):
+        torch.testing.assert_close(out[f"{name}.logits"], models[name](tokens()).logits, **close)
+    scope = Scope()
+    bind(models["moe"], scope)
+    scope.scale = 1.0
+    models["moe"].train()(tokens(), labels=tokens()).loss.backward()
+    for key, parameter in models["moe"].named_parameters():
+        torch.testing.assert_close(out[f"moe.{key}"], parameter.grad, **close)

@@ -82,11 +82,15 @@ def load_without_our_packages(tmp_path):
 
 def test_loads_without_our_packages(make_model, tokens, tmp_path, load_without_our_packages):
     cla = {"sharing_factor": 3, "kv_norm": "separate"}
+    moe = {"num_experts": 5, "gated": True, "attention_experts": 2, "threshold": 0.8}
+    moe |= {"inference": "threshold", "attention_inference": "threshold"}
     model = make_model(
         ladder_residual={"layers": "1-2"},
         cross_layer_attention=cla,
+        dense_moe=moe,
         qk_norm=True,
         attention_bias=True,
+        attention_output_bias=False,
     )
     folder = tmp_path / "model-1.0"
     model.save_pretrained(folder)
@@ -98,7 +102,9 @@ def test_loads_without_our_packages(make_model, tokens, tmp_path, load_without_o
     expected = model(tokens()).logits
     torch.testing.assert_close(out["logits"], expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(out["again"], expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(out["base"], model.model(tokens()).last_hidden_state)
+    torch.testing.assert_close(
+        out["base"], model.model(tokens()).last_hidden_state, rtol=1e-6, atol=1e-6
+    )
     generated = model.generate(tokens(), max_new_tokens=4, do_sample=False)
     assert torch.equal(out["generated"], generated)
     assert {p.name for p in (tmp_path / "work" / "again").glob("*.py")} == CODE

@@ -33,6 +33,11 @@ LONGROPE = {
             {"tensor_parallel": 2},
             "num_key_value_heads 3 with --tensor-parallel-size 2",
         ),
+        (
+            {"dense_moe": {"attention_experts": 2}},
+            {},
+            "dense_moe: DS-MoE is not served .* qwen2_moe or qwen3_moe",
+        ),
         ({}, {"quantization": "fp8"}, "--quantization fp8: serve this model unquantized"),
         ({}, {"fast_prefill": True}, "--kv-sharing-fast-prefill"),
     ],

@@ -13,6 +13,12 @@ from ..config import FEATURES, ConfigError, CrossLayerAttention, LadderResidual
 SERVED = (LadderResidual, CrossLayerAttention)
 """Features that the model has; another one in a configuration is another function."""
 
+REMEDIES = {
+    "dense_moe": "; vLLM serves what the exporters write as qwen2_moe or qwen3_moe: SwiGLU experts "
+    'with router "linear" and inference "dense" or "top-k", without attention experts'
+}
+"""By key of a feature that is not served."""
+
 ACTIVATIONS = (
     *("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh"),
     *("quick_gelu", "relu", "relu2", "sigmoid", "silu", "swish", "tanh"),
@@ -47,7 +53,10 @@ def check(
     """
     for feature in FEATURES:
         if feature.has_section and feature not in SERVED and getattr(config, feature.key(), None):
-            raise ConfigError(f"{feature.key()}: {feature.title} is not served by the vLLM model")
+            remedy = REMEDIES.get(feature.key(), "")
+            raise ConfigError(
+                f"{feature.key()}: {feature.title} is not served by the vLLM model{remedy}"
+            )
     known = GATED_ACTIVATIONS if config.mlp_gated else ACTIVATIONS
     if config.hidden_act not in known:
         kind = "a gated" if config.mlp_gated else "an ungated"
