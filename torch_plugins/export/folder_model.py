@@ -1,33 +1,38 @@
 """Logits of a Hugging Face folder, as a user loads it.
 
-``python -m torch_plugins.export.folder_model FOLDER IDS.pt LOGITS.pt`` runs the code that the
-folder carries: in a process that knows our package, transformers would take the package's instead.
+``python -m torch_plugins.export.folder_model FOLDER IDS.pt LOGITS.pt [all-experts]`` runs the code
+that the folder carries: in a process that knows our package, transformers would take the package's
+instead.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def logits(folder: Path, input_ids: Tensor) -> Tensor:
+def logits(folder: Path, input_ids: Tensor, all_experts: bool = False) -> Tensor:
     """fp32 logits ``[B, S, vocab]`` through ``AutoModelForCausalLM``.
+
+    Args:
+        all_experts: compute every expert of DS-MoE, whatever the folder says of inference.
 
     Raises:
         ValueError: the folder lacks a tensor of the model, or holds another; transformers would
             only warn.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    standing: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
+    config = AutoConfig.from_pretrained(folder, **standing)
+    if all_experts:
+        choose_all(config)
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        trust_remote_code=True,
-        local_files_only=True,
-        output_loading_info=True,
+        folder, config=config, dtype=torch.float32, output_loading_info=True, **standing
     )
     wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
     if wrong:
@@ -37,8 +42,21 @@ def logits(folder: Path, input_ids: Tensor) -> Tensor:
     return found
 
 
-def main(folder: str, ids_file: str, logits_file: str) -> None:
-    torch.save(logits(Path(folder), torch.load(ids_file, weights_only=True)), logits_file)
+def choose_all(config: Any) -> None:
+    """Make a configuration's inference compute all experts of DS-MoE, in place.
+
+    The experts of two implementations are not the same ones where scores nearly tie.
+    """
+    if getattr(config, "dense_moe", None) is not None:
+        chosen = ("inference", "top_k", "attention_inference", "attention_top_k")
+        config.dense_moe = {k: v for k, v in config.dense_moe.items() if k not in chosen}
+    elif config.model_type in ("qwen2_moe", "qwen3_moe"):
+        config.num_experts_per_tok = config.num_experts
+
+
+def main(folder: str, ids_file: str, logits_file: str, experts: str = "") -> None:
+    ids = torch.load(ids_file, weights_only=True)
+    torch.save(logits(Path(folder), ids, experts == "all-experts"), logits_file)
 
 
 if __name__ == "__main__":

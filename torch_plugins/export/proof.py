@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -64,22 +65,35 @@ def random_ids(config: PluginDecoderConfig) -> Tensor:
     return torch.randint(config.vocab_size, (2, length), generator=generator)
 
 
-def folder_logits(folder: Path, input_ids: Tensor) -> Tensor:
+def with_all_experts(config: PluginDecoderConfig) -> dict[str, Any]:
+    """The configuration for :func:`torch_plugins.reference.logits` that fits ``folder_logits`` with
+    ``all_experts``."""
+    everything = copy.copy(config)
+    folder_model.choose_all(everything)
+    return everything.to_dict()
+
+
+def folder_logits(folder: Path, input_ids: Tensor, all_experts: bool = False) -> Tensor:
     """fp32 logits of a folder; one that carries code runs it, in a process without our package's.
+
+    Args:
+        all_experts: compute every expert of DS-MoE: a proof of the weights that no choice between
+            nearly equal scores can upset.
 
     Raises:
         VerificationError: the folder does not load, or not completely.
     """
     if "auto_map" not in json.loads((folder / "config.json").read_text()):
         try:
-            return folder_model.logits(folder, input_ids)
+            return folder_model.logits(folder, input_ids, all_experts)
         except ValueError as error:
             raise VerificationError(f"the written folder is not whole: {error}") from error
     with tempfile.TemporaryDirectory() as place:
         ids, answer = Path(place) / "ids.pt", Path(place) / "logits.pt"
         torch.save(input_ids, ids)
         alone = {"HF_MODULES_CACHE": place, "TORCH_PLUGINS_DISABLE": "1"}
-        done = run_module(f"{__package__}.folder_model", folder, ids, answer, **alone)
+        choice = ["all-experts"] if all_experts else []
+        done = run_module(f"{__package__}.folder_model", folder, ids, answer, *choice, **alone)
         if done.returncode:
             raise VerificationError(f"the written folder does not load: {last_line(done)}")
         loaded: Tensor = torch.load(answer, weights_only=True)
@@ -87,7 +101,7 @@ def folder_logits(folder: Path, input_ids: Tensor) -> Tensor:
 
 
 def run_module(
-    module: str, *arguments: Path, **environment: str
+    module: str, *arguments: Path | str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a module of ours alone, whatever launcher this process runs under."""
     inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
