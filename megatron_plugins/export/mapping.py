@@ -93,14 +93,54 @@ def _layer_rules(config: PluginDecoderConfig, args: Namespace, layer: int) -> It
         config.attention_output_bias,
     )
     yield from _norm_rules("mlp.linear_fc1.layer_norm_", "post_attention_layernorm", config, args)
-    if config.mlp_gated:
+    experts = config.experts
+    if experts is not None and experts.num_experts:
+        yield from _expert_rules(config, experts.num_experts)
+        yield from _router_rules("mlp", "mlp", config, experts.num_experts)
+    elif config.mlp_gated:
         # Whatever the tensor parallel size, all of the gate comes first, then all of the rest.
         halves = ("mlp.gate_proj", "mlp.up_proj")
         chunk: Convert = lambda tensor: tuple(tensor.chunk(2))  # noqa: E731
         yield from _linear("mlp.linear_fc1", halves, (2 * inner, width), config.mlp_bias, chunk)
+        yield from _linear("mlp.linear_fc2", ("mlp.down_proj",), (width, inner), config.mlp_bias)
     else:
         yield from _linear("mlp.linear_fc1", ("mlp.up_proj",), (inner, width), config.mlp_bias)
-    yield from _linear("mlp.linear_fc2", ("mlp.down_proj",), (width, inner), config.mlp_bias)
+        yield from _linear("mlp.linear_fc2", ("mlp.down_proj",), (width, inner), config.mlp_bias)
+    if experts is not None and experts.attention_experts:
+        attention = ("self_attention", "self_attn")
+        yield from _router_rules(*attention, config, experts.attention_experts)
+
+
+def _expert_rules(config: PluginDecoderConfig, experts: int) -> Iterator[Rule]:
+    """Experts, stacked as in stock MoE layers -> one wide MLP, expert after expert. Gates come
+    first within each expert there, and within the MLP here."""
+    width, inner = config.hidden_size, config.intermediate_size // experts
+    halves = ("mlp.gate_proj", "mlp.up_proj") if config.mlp_gated else ("mlp.up_proj",)
+    parts = len(halves)
+
+    def rows(tensor: Tensor) -> tuple[Tensor, ...]:
+        by_part = tensor.unflatten(1, (parts, inner)).unbind(1)
+        return tuple(part.flatten(0, 1) for part in by_part)
+
+    columns: Convert = lambda tensor: (tensor.transpose(0, 1).flatten(1),)  # noqa: E731
+    targets = tuple(f"{name}.weight" for name in halves)
+    stored = "mlp.experts.experts.linear_fc"
+    yield Rule(f"{stored}1.weight", targets, (experts, parts * inner, width), rows)
+    yield Rule(f"{stored}2.weight", ("mlp.down_proj.weight",), (experts, width, inner), columns)
+
+
+def _router_rules(
+    source: str, target: str, config: PluginDecoderConfig, experts: int
+) -> Iterator[Rule]:
+    """A router keeps the names of its matrices."""
+    width, feature = config.hidden_size, config.experts
+    assert feature is not None
+    shapes = {"weight": (experts, width)}
+    if feature.router == "mlp":
+        hidden = feature.router_hidden_size
+        shapes = {"weight": (experts, hidden), "hidden.weight": (hidden, width)}
+    for name, shape in shapes.items():
+        yield Rule(f"{source}.router.{name}", (f"{target}.router.{name}",), shape, _keep)
 
 
 def _qkv_rules(config: PluginDecoderConfig, args: Namespace, produces: bool) -> Iterator[Rule]:

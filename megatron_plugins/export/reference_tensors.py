@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_plugins.arguments import features_of
-from torch_plugins.config import CrossLayerAttention
+from torch_plugins.config import CrossLayerAttention, DenseMoE
 
 from .checkpoint import Checkpoint
 
@@ -33,6 +33,8 @@ class ReferenceTensors(Mapping[str, Tensor]):
         layers = self.args.num_layers
         self.producers = sharing.resolve(layers) if sharing else tuple(range(layers))
         self.separate = sharing is not None and sharing.kv_norm == "separate"
+        experts = features_of(self.args).get(DenseMoE.key())
+        self.experts: int = experts.num_experts if experts else 0
         self.names = {
             "model.embed_tokens.weight": "embedding.word_embeddings.weight",
             "model.embed_positions.weight": "embedding.position_embeddings.weight",
@@ -62,6 +64,11 @@ class ReferenceTensors(Mapping[str, Tensor]):
         if module == "post_attention_layernorm":
             return self._norm(index, "mlp.linear_fc1", "pre_mlp_layernorm", end)
         projection = rest[0]
+        if projection == "router":
+            block = "mlp" if module == "mlp" else "self_attention"
+            return self._layer(index, ".".join((block, *rest)))
+        if module == "mlp" and self.experts:
+            return self._experts(index, projection) if end == "weight" else None
         if projection == "o_proj":
             return self._layer(index, f"self_attention.linear_proj.{end}")
         if projection == "down_proj":
@@ -87,10 +94,22 @@ class ReferenceTensors(Mapping[str, Tensor]):
         fused = self._layer(index, f"{linear}.layer_norm_{end}")
         return self._layer(index, f"{apart}.{end}") if fused is None else fused
 
+    def _experts(self, index: int, projection: str) -> Tensor | None:
+        """One matrix of all experts, taken expert by expert out of the stack."""
+        name = "linear_fc2" if projection == "down_proj" else "linear_fc1"
+        stack = self._layer(index, f"mlp.experts.experts.{name}.weight")
+        if stack is None:
+            return None
+        each = [stack[i] for i in range(self.experts)]
+        if projection == "down_proj":
+            return torch.cat(each, dim=1)
+        each_part = [self._mlp_in(one, projection) for one in each]
+        return None if each_part[0] is None else torch.cat(each_part)  # type: ignore[arg-type]
+
     def _mlp_in(self, tensor: Tensor | None, projection: str) -> Tensor | None:
         if tensor is None or not self.args.swiglu:
             return tensor if projection == "up_proj" else None
-        width = self.args.ffn_hidden_size
+        width = tensor.shape[0] // 2
         return tensor[:width] if projection == "gate_proj" else tensor[width : 2 * width]
 
     def _heads(self, index: int, which: str, end: str) -> Tensor | None:

@@ -54,6 +54,13 @@ CASES = {
     "cla-learned-tp2": TP2 + "--cla-sharing-factor 3 --qk-layernorm",
     "cla-separate-mqa-tp2": LLAMA + TP2 + MQA + "--cla-sharing-factor 2 --cla-kv-norm separate "
     "--qk-layernorm --rotary-interleaved --rotary-percent 0.5 --add-qkv-bias",
+    "experts-tp2": LLAMA.replace("--swiglu ", "") + TP2 + "--dsmoe-num-experts 4 "
+    "--dsmoe-ffn-hidden-size 24 --dsmoe-attention-experts 2 --dsmoe-router-hidden-size 16 "
+    "--ladder-residual --dsmoe-inference top-k --dsmoe-top-k 2",
+    "experts-gated-cla-pp2": LLAMA + PP2 + GQA + "--dsmoe-gated --dsmoe-num-experts 4 "
+    "--dsmoe-ffn-hidden-size 24 --dsmoe-router linear --cla-sharing-factor 2",
+    "experts-gated-tp2": LLAMA + TP2 + GQA + "--dsmoe-gated --dsmoe-num-experts 4 "
+    "--dsmoe-ffn-hidden-size 24 --dsmoe-router linear --dsmoe-inference top-k --dsmoe-top-k 2",
     "ladder-spec-tp2": LLAMA + TP2 + "--spec megatron_plugins.specs ladder_gpt_layer_spec",
 }
 """Name -> flags, on top of ``tests.megatron.harness.TINY``: 4 layers, width 64, 255 tokens."""

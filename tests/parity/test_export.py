@@ -34,6 +34,9 @@ MODEL_TYPES = {
     "cla-ladder-vpp2": "plugin_decoder",
     "cla-learned-tp2": "plugin_decoder",
     "cla-separate-mqa-tp2": "plugin_decoder",
+    "experts-tp2": "plugin_decoder",
+    "experts-gated-cla-pp2": "plugin_decoder",
+    "experts-gated-tp2": "qwen2_moe",
     "ladder-spec-tp2": "plugin_decoder",
 }
 
