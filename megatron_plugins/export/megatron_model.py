@@ -107,12 +107,23 @@ def build(args: Namespace, padded_vocab_size: int) -> Any:
 
 
 def load(model: Any, checkpoint: str) -> None:
-    """Megatron's loader, for tensors alone: objects of a checkpoint would be unpickled freely."""
+    """Megatron's loader, for tensors alone: objects of a checkpoint would be unpickled freely.
+
+    Checkpoints of TransformerEngine's spec may have a norm apart that the local spec counts to the
+    linear behind it, and that key is asked for then.
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+    from .mapping import UNFUSED_NORMS
+
     wanted = model.sharded_state_dict()
     wanted = {k: v for k, v in wanted.items() if not isinstance(v, ShardedObject)}
+    stored = dist_checkpointing.load_tensors_metadata(checkpoint)
+    for shard in wanted.values():
+        for fused, apart in UNFUSED_NORMS.items():
+            if shard.key not in stored and (key := shard.key.replace(fused, apart)) in stored:
+                shard.key = key
     loaded = dist_checkpointing.load({"model": wanted}, checkpoint, validate_access_integrity=False)
     problems = model.load_state_dict(loaded["model"], strict=False)
     missing = [key for key in problems.missing_keys if not key.endswith("_extra_state")]

@@ -12,6 +12,7 @@ import sys
 import warnings
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import torch
@@ -41,6 +42,7 @@ import transformer_engine.common
 transformer_engine.common.load_framework_extension = lambda framework: None
 import transformer_engine.pytorch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -48,10 +50,17 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from torch_plugins.config import CrossLayerAttention, LadderResidual, PowerMup
+from torch_plugins.config import CrossLayerAttention, DenseMoE, LadderResidual, PowerMup
 
 
-def build(ladder: bool, sharing: CrossLayerAttention | None = None, te: bool = True) -> GPTModel:
+def build(
+    ladder: bool,
+    sharing: CrossLayerAttention | None = None,
+    te: bool = True,
+    features: dict[str, Any] | None = None,
+    spec: Any = None,
+    **options: Any,
+) -> GPTModel:
     config = TransformerConfig(
         num_layers=2,
         hidden_size=32,
@@ -59,7 +68,11 @@ def build(ladder: bool, sharing: CrossLayerAttention | None = None, te: bool = T
         use_cpu_initialization=True,
         tensor_model_parallel_size=2,
         sequence_parallel=True,
+        **options,
     )
+    if features is not None:
+        config.megatron_plugins = features
+        config.hetereogenous_dist_checkpoint = True
     if ladder:
         config.megatron_plugins = {
             "ladder_residual": LadderResidual(),
@@ -68,7 +81,8 @@ def build(ladder: bool, sharing: CrossLayerAttention | None = None, te: bool = T
     if sharing is not None:
         config.megatron_plugins = {"cross_layer_attention": sharing}
         config.hetereogenous_dist_checkpoint = True
-    spec = get_gpt_layer_with_transformer_engine_spec() if te else get_gpt_layer_local_spec()
+    if spec is None:
+        spec = get_gpt_layer_with_transformer_engine_spec() if te else get_gpt_layer_local_spec()
     return GPTModel(config, spec, vocab_size=64, max_sequence_length=32)
 
 
@@ -82,6 +96,30 @@ def shared_shards(te: bool) -> dict[str, list[int]]:
     model = build(False, CrossLayerAttention(2, kv_norm="separate"), te)
     shards = model.sharded_state_dict().values()
     return {shard.key: list(shard.local_shape) for shard in shards if hasattr(shard, "local_shape")}
+
+
+def expert_shards(te: bool) -> dict[str, list[int]]:
+    """Shapes of the shards of layers with experts, norms apart from the linears behind them."""
+    feature = DenseMoE(num_experts=4, attention_experts=2, router_hidden_size=8)
+    options = {"num_query_groups": 2, "ffn_hidden_size": 64, "add_bias_linear": False}
+    sharing = CrossLayerAttention(2, kv_norm="separate")
+    features = {"dense_moe": feature, "cross_layer_attention": sharing}
+    model = build(False, te=te, features=features, **options)
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    shards = [
+        x for value in state.values() for x in (value if isinstance(value, list) else [value])
+    ]
+    return {shard.key: list(shard.local_shape) for shard in shards if hasattr(shard, "local_shape")}
+
+
+def stock_keys() -> list[str]:
+    """Of a stock MoE layer of TransformerEngine's spec, its experts one by one."""
+    spec = get_gpt_layer_with_transformer_engine_spec(num_experts=4, moe_grouped_gemm=False)
+    options = {"num_moe_experts": 4, "moe_ffn_hidden_size": 16, "add_bias_linear": False}
+    model = build(False, spec=spec, **options)
+    shards = model.sharded_state_dict().values()
+    return sorted({shard.key for shard in shards if ".mlp." in shard.key or "pre_mlp" in shard.key})
 
 
 def main(output: str) -> None:
@@ -106,6 +144,9 @@ def main(output: str) -> None:
         == {k: getattr(v, "global_offset", None) for k, v in stock_shards.items()},
         "sharing": shared_shards(te=True),
         "sharing, local layers": shared_shards(te=False),
+        "experts": expert_shards(te=True),
+        "experts, local layers": expert_shards(te=False),
+        "stock experts": stock_keys(),
     }
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(found))

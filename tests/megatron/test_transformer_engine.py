@@ -60,3 +60,20 @@ SHARES = {
     "0.self_attention.linear_kv.layer_norm_weight": [32],
     "1.self_attention.linear_qkv.weight": [16, 32],
 }
+
+
+def test_layers_with_experts(found: dict[str, Any]) -> None:
+    """A router reads what the norm gives: norms stand apart, those of attention under the fused
+    linear's key, those of MLPs under a stock MoE layer's."""
+    own, local = found["experts"], found["experts, local layers"]
+    apart, fused = "pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"
+    assert own == {name.replace(fused, apart): shape for name, shape in local.items()}
+    layer = "decoder.layers.0."
+    assert own[f"{layer}mlp.experts.experts.linear_fc1.weight"] == [2, 16, 32]
+    assert own[f"{layer}self_attention.linear_qkv.layer_norm_weight"] == [32]
+    assert own[f"{layer}self_attention.linear_kv.layer_norm_weight"] == [32]
+    assert own[f"{layer}self_attention.router.hidden.weight"] == [8, 32]
+    of_mlp = {name.replace(layer, "decoder.layers.") for name in own if layer in name}
+    of_mlp = {name for name in of_mlp if ".mlp." in name or "pre_mlp" in name}
+    stock = {name for name in found["stock experts"] if not name.endswith("_extra_state")}
+    assert of_mlp - {"decoder.layers.mlp.router.hidden.weight"} == stock

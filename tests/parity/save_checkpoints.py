@@ -58,7 +58,7 @@ def save(name: str, flags: list[str], base: list[str], folder: Path) -> None:
         first = parallel_state.is_pipeline_first_stage(False, stage if stages else None)
         last = parallel_state.is_pipeline_last_stage(False, stage if stages else None)
         model = train_gpt.model_provider(first, last, vp_stage=stage if stages else None)
-        assert ("TELayerNorm" in repr(model)) == ("TRANSFORMER_ENGINE" in os.environ)
+        assert ("TERowParallel" in repr(model)) == ("TRANSFORMER_ENGINE" in os.environ)
         # Every shard its own; of what is replicated one copy is saved, whichever.
         enlarge(model, 100 * stage + torch.distributed.get_rank())
         models.append(Float16Module(model.config, model) if args.bf16 else model)

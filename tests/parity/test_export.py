@@ -64,13 +64,17 @@ def test_logits(
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     tensors = {name: x.float() for name, x in folder_tensors(tmp_path / "out").items()}
     assert config["vocab_size"] == expected.shape[-1] == case.config.vocab_size
-    for other in (
+    others = [
         folder_model.logits(tmp_path / "out", case.input_ids),
-        reference.logits(tensors, config, case.input_ids),
         reference.logits(
-            ReferenceTensors(case.checkpoint, case.config, None), config, case.input_ids
+            ReferenceTensors(case.checkpoint, case.config, None),
+            case.config.to_dict(),
+            case.input_ids,
         ),
-    ):
+    ]
+    if model_type != "qwen2_moe":  # whose names the reference does not know
+        others.append(reference.logits(tensors, config, case.input_ids))
+    for other in others:
         assert (other - expected).abs().max().item() <= limit
 
 

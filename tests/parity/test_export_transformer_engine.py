@@ -12,7 +12,12 @@ from tests.megatron.harness import train
 from tests.megatron.test_transformer_engine import ROOT, WHEELS
 from tests.parity.conftest import GQA, LLAMA, TP2
 
-CASES = {"rmsnorm": LLAMA + TP2 + GQA, "layernorm": TP2}
+EXPERTS = "--dsmoe-gated --dsmoe-num-experts 4 --dsmoe-ffn-hidden-size 24 "
+CASES = {
+    "rmsnorm": LLAMA + TP2 + GQA,
+    "layernorm": TP2,
+    "experts": LLAMA + TP2 + EXPERTS + "--dsmoe-attention-experts 2",
+}
 
 
 @pytest.mark.skipif(
