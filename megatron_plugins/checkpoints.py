@@ -70,8 +70,7 @@ def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
         if run[key].changes_tensors:
             raise ConfigError(
                 f"checkpoint {folder} is a standard one, and {run[key].title} has other tensors. "
-                f"Convert it: python -m megatron_plugins.convert --load {folder} --save NEW "
-                f"{as_flags(run[key], args)}"
+                f"{conversion(run[key], args, folder)}"
             )
         print_rank_0(
             f"{run[key].name}: standard checkpoint loaded into a {run[key].title} model: "
@@ -79,6 +78,9 @@ def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
         )
     for key, theirs in saved.items():
         mine = run.get(key)
+        if mine is None and in_stock(theirs, saved_args, args):
+            print_rank_0(f"{theirs.name}: checkpoint {folder} loaded into stock layers")
+            continue
         layers = args.num_layers
         if mine is None or function(mine, args, layers) != function(theirs, saved_args, layers):
             wanted = as_flags(theirs, saved_args)
@@ -94,6 +96,21 @@ def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
                     f"{wanted}, or --use-checkpoint-args, or --finetune to retrain them"
                 )
             print_rank_0(f"{theirs.name}: checkpoint {folder} {told}: retrain it")
+
+
+def conversion(feature: Any, args: Namespace, folder: str) -> str:
+    """How a standard checkpoint becomes one with a feature."""
+    if not getattr(adapter(feature.key()), "CONVERTS", False):
+        return "Train from the start, or load a checkpoint that has them"
+    flags = as_flags(feature, args)
+    return f"Convert it: python -m megatron_plugins.convert --load {folder} --save NEW {flags}"
+
+
+def in_stock(feature: Any, saved: Namespace, args: Namespace) -> bool:
+    """Whether layers of Megatron's own that ``args`` ask for are a feature's: its adapter's
+    ``in_stock(feature, saved, args)`` says so, or raises because they nearly are."""
+    asked = getattr(adapter(feature.key()), "in_stock", None)
+    return bool(asked and asked(feature, saved, args))
 
 
 def of_model(args: Namespace) -> dict[str, Any]:

@@ -22,7 +22,10 @@ from megatron_plugins.cross_layer_attention.groups import Role, check_stages, ro
 from megatron_plugins.cross_layer_attention.refused import REFUSED
 from torch_plugins.config import ConfigError, CrossLayerAttention
 
-__all__ = ["REFUSED", "adjust_config", "describe", "transform", "validate"]
+__all__ = ["CONVERTS", "REFUSED", "adjust_config", "describe", "transform", "validate"]
+
+CONVERTS = True
+"""``python -m megatron_plugins.convert`` makes its checkpoints of standard ones."""
 
 
 def transform(

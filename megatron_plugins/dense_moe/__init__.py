@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_plugins.dense_moe.refused import REFUSED
+from megatron_plugins.dense_moe.stock import in_stock
 from torch_plugins.config import ConfigError, DenseMoE
 from torch_plugins.dense_moe_config import DENSE_MOE_PRESETS
 
@@ -23,6 +24,7 @@ __all__ = [
     "adjust_args",
     "adjust_config",
     "describe",
+    "in_stock",
     "transform",
     "validate",
 ]

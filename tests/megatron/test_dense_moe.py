@@ -220,3 +220,31 @@ def test_evaluation_may_keep_fewer_experts(trained: Trained) -> None:
     assert len(losses[0]) == len(losses[1]) >= 1
     assert losses[0] != losses[1]
     assert found[0].losses == found[1].losses
+
+
+GATED = (
+    *(*SMALL, "--dsmoe-num-experts", 4, "--dsmoe-ffn-hidden-size", 24, "--dsmoe-gated"),
+    *("--dsmoe-router", "linear", "--exit-interval", 1),
+)
+STOCK = (
+    *(*SMALL, "--num-experts", 4, "--moe-ffn-hidden-size", 24, "--swiglu"),
+    *("--moe-router-load-balancing-type", "none", "--moe-token-dispatcher-type", "allgather"),
+    *("--finetune", "--no-load-optim", "--no-load-rng", "--exit-interval", 1),
+)
+
+
+def test_a_stock_run_loads_the_checkpoint_or_says_why_not(tmp_path: Path, trained: Trained) -> None:
+    """With all experts the loss of its first step is ours."""
+    train(*GATED, "--save", tmp_path)
+    ours = train(*GATED, "--load", tmp_path, "--finetune")
+    loading = (*STOCK, "--load", tmp_path)
+    stock = train(*loading, "--moe-router-topk", 4)
+    assert stock.losses[1] == pytest.approx(ours.losses[1], rel=1e-6)
+    assert "dense-moe: checkpoint" in stock.output
+    failed = train(*loading, "--moe-router-topk", 2, check=False)
+    assert failed.returncode
+    assert "--moe-router-pre-softmax: a softmax after the choice would renorm" in failed.output
+    failed = train(*STOCK, "--moe-router-topk", 4, "--load", trained.folder, check=False)
+    assert failed.returncode
+    for said in ("--dsmoe-attention-experts: a stock attention has none", "--swiglu: the check"):
+        assert said in failed.output
