@@ -5,13 +5,16 @@ partitions it::
       "ladder_residual": {"layers": "all"},
       "cross_layer_attention": {"sharing_factor": 2},
       "kv_init": "first",
+      "dense_moe": {"num_experts": 8},
+      "expert_init": "blocks",
       "apply_to": "trained"
     }
 
 ``apply_to``: ``trained`` leaves engines without an optimizer as they are, such as the reference
 models of preference tuning, which are given the same JSON; ``all`` converts every engine's model.
 ``kv_init``: a layer that projects keys and values for others starts with its own projections, or
-with the ``mean`` over the layers that share them.
+with the ``mean`` over the layers that share them. ``expert_init``: experts are the ``blocks`` of
+the dense model, whose function is the same then, or start ``fresh`` like those of a new model.
 
 The model of the script is converted in place, whether its weights are whole or partitioned by
 ``zero.Init``; see :mod:`torch_plugins.hf.convert`.
@@ -22,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from deepspeed_plugins.features import APPLY_TO, KV_INIT, SECTION, available, choice
+from deepspeed_plugins.features import APPLY_TO, EXPERT_INIT, KV_INIT, SECTION, available, choice
 from deepspeed_plugins.parameters import follow
 from deepspeed_plugins.seams import versions
 from torch_plugins.config import ConfigError, Feature
@@ -51,8 +54,8 @@ def convert_model(features: Mapping[str, Any], engine_arguments: dict[str, Any])
     check(wanted, config, model)
     from torch_plugins.hf.convert import convert
 
-    kv_init = choice(config._param_dict, KV_INIT)
-    result = convert(model, wanted.values(), kv_init, _zero_storage())
+    kv_init, expert_init = (choice(config._param_dict, key) for key in (KV_INIT, EXPERT_INIT))
+    result = convert(model, wanted.values(), kv_init, _zero_storage(), expert_init)
     follow(result, engine_arguments)
     if result.added:
         import deepspeed

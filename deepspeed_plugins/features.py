@@ -7,8 +7,10 @@ A feature's section stands under ``"deepspeed_plugins"``, named like its key::
 An adapter is the module ``deepspeed_plugins/<key>.py``; that it exists makes the feature available.
 It may define
 
+- ``of_model(settings, engine_arguments)``: the settings, with what the model decides filled in;
 - ``from_config(config)``: the settings, or None while off, where they do not stand in the section;
 - ``validate(settings, engine_arguments)``: raise before the engine builds anything;
+- ``prepare(settings, engine_arguments)``: change the converted model before an engine has it;
 - ``finish(settings, engine)``: change the engine once it is built;
 - ``describe(settings, engine)``: its line at the start of a run, after checking that it is active.
 """
@@ -21,13 +23,25 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from torch_plugins.config import FEATURES, ConfigError, CrossLayerAttention, Feature, did_you_mean
+from torch_plugins.config import (
+    FEATURES,
+    ConfigError,
+    CrossLayerAttention,
+    DenseMoE,
+    Feature,
+    did_you_mean,
+)
 
 SECTION = "deepspeed_plugins"
-APPLY_TO, KV_INIT = "apply_to", "kv_init"
-CHOICES = {APPLY_TO: ("trained", "all"), KV_INIT: ("first", "mean")}
-"""Keys beside the features: which engines are converted, and how keys and values of producers
-start; the default is the first."""
+APPLY_TO, KV_INIT, EXPERT_INIT = "apply_to", "kv_init", "expert_init"
+CHOICES = {
+    APPLY_TO: ("trained", "all"),
+    KV_INIT: ("first", "mean"),
+    EXPERT_INIT: ("blocks", "fresh"),
+}
+"""Keys beside the features: which engines are converted, and how keys and values of producers and
+how experts start; the default is the first."""
+GOES_WITH = {KV_INIT: CrossLayerAttention.key(), EXPERT_INIT: DenseMoE.key()}
 MICRO_BATCHES = "aux_micro_batches"
 """Key beside the features: micro-batches that a script accumulates by hand, see
 :mod:`deepspeed_plugins.auxiliary_loss`."""
@@ -65,8 +79,9 @@ def features_of(config: Mapping[str, Any]) -> dict[str, Any]:
             _check_key(key, [*(name for name in known if name not in elsewhere), *beside])
     if SECTION in config and not section.keys() - CHOICES.keys():
         raise ConfigError(f"{SECTION} {dict(section)}: names no feature; drop it, or add one")
-    if KV_INIT in section and CrossLayerAttention.key() not in section:
-        raise ConfigError(f"{SECTION}.{KV_INIT}: goes with {CrossLayerAttention.key()} only")
+    for key, feature_key in GOES_WITH.items():
+        if key in section and feature_key not in section:
+            raise ConfigError(f"{SECTION}.{key}: goes with {feature_key} only")
     found = {}
     for key, feature in known.items():
         if key in elsewhere:

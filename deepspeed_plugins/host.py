@@ -34,22 +34,29 @@ def build_engine(original: Callable[..., Any], engine: Any, *args: Any, **kwargs
     """
     call = inspect.signature(original).bind(engine, *args, **kwargs)
     features = features_of(call.arguments["config_class"]._param_dict)
-    for key, settings in features.items():
+    for key in features:
         require(key, available()[key].name)
-        validate = getattr(adapter(key), "validate", None)
-        if validate is not None:
-            validate(settings, call.arguments)
+        of_model = getattr(adapter(key), "of_model", None)
+        if of_model is not None:
+            features[key] = of_model(features[key], call.arguments)
+    _tell("validate", features, call.arguments)
     convert_model(features, call.arguments)
     auxiliary_loss.check(call.arguments)
+    _tell("prepare", features, call.arguments)
     original(*call.args, **call.kwargs)
-    for key, settings in features.items():
-        finish = getattr(adapter(key), "finish", None)
-        if finish is not None:
-            finish(settings, engine)
+    _tell("finish", features, engine)
     report(features, engine)
     line = auxiliary_loss.take(engine)
     if line is not None:
         print_rank_0(line)
+
+
+def _tell(moment: str, features: Mapping[str, Any], subject: Any) -> None:
+    """Call the function ``moment`` of each feature's adapter, where it has one."""
+    for key, settings in features.items():
+        function = getattr(adapter(key), moment, None)
+        if function is not None:
+            function(settings, subject)
 
 
 def report(features: Mapping[str, Any], engine: Any) -> None:

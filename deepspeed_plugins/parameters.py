@@ -40,7 +40,9 @@ class _Edit:
 
     def __init__(self, conversion: Conversion) -> None:
         self.removed = {id(parameter) for parameter in conversion.removed.values()}
-        self.behind = {id(like): conversion.added[name] for name, like in conversion.likes.items()}
+        self.behind: dict[int, list[nn.Parameter]] = {}
+        for name, like in conversion.likes.items():
+            self.behind.setdefault(id(like), []).append(conversion.added[name])
 
     def groups(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
@@ -54,7 +56,7 @@ class _Edit:
         for parameter in members:
             if id(parameter) not in self.removed:
                 result.append(parameter)
-            added = self.behind.get(id(parameter))
-            if added is not None and id(added) not in present:  # a lazy iterable has it already
-                result.append(added)
+            for added in self.behind.get(id(parameter), []):
+                if id(added) not in present:  # a lazy iterable has it already
+                    result.append(added)
         members[:] = result

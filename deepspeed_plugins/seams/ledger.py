@@ -196,6 +196,14 @@ USED: tuple[Symbol, ...] = (
         remove_when="never",
     ),
     _Symbol(
+        id="ds-leaf-modules",
+        targets=("deepspeed.utils.z3_leaf_module:set_z3_leaf_modules",),
+        feature="dense_moe",
+        why="ZeRO 3 gathers the weights of a layer's experts together, whichever a rank computes",
+        remove_when="never",
+        relies_on=("raise_if_not_found",),
+    ),
+    _Symbol(
         id="ds-consolidate",
         targets=("deepspeed.utils.zero_to_fp32:get_fp32_state_dict_from_zero_checkpoint",),
         feature="any",

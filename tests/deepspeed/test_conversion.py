@@ -158,16 +158,17 @@ def test_the_section_gives_the_features_of_megatrons_flags():
 
 
 def test_an_added_parameter_joins_the_group_of_its_like():
-    norm, gone, other, added = (nn.Parameter(torch.ones(2)) for _ in range(4))
-    conversion = Conversion(None, removed={"k": gone}, added={"n": added}, likes={"n": norm})
+    norm, gone, other, added, second = (nn.Parameter(torch.ones(2)) for _ in range(5))
+    both, likes = {"n": added, "m": second}, {"n": norm, "m": norm}
+    conversion = Conversion(None, removed={"k": gone}, added=both, likes=likes)
     optimizer = torch.optim.SGD([{"params": [gone, other]}, {"params": [norm], "lr": 0.5}], lr=1)
     optimizer.state[gone]["momentum_buffer"] = torch.ones(2)
     held = [other, norm, gone]
     arguments = {"optimizer": optimizer, "model_parameters": held}
     follow(conversion, arguments)
     follow(conversion, arguments)
-    assert held == [other, norm, added]
-    assert [group["params"] for group in optimizer.param_groups] == [[other], [norm, added]]
+    assert held == [other, norm, added, second]
+    assert [group["params"] for group in optimizer.param_groups] == [[other], held[1:]]
     assert gone not in optimizer.state
     arguments = {"model_parameters": ({"params": (p,)} for p in (gone, other))}
     follow(conversion, arguments)

@@ -9,8 +9,10 @@ generation configuration stay valid. Without a feature the function is the same,
 - Cross-Layer Attention drops the key and value projections of its consumers. A producer keeps its
   own (``first``), or gets the mean over its group (``mean``), weights, biases and key norms alike.
   A separate ``kv_norm`` starts as a copy of the layer's ``input_layernorm``.
+- DS-MoE adds routers, and makes experts of the weights there are; see ``expert_init.py``.
 
-Either changes the function: the model is to be trained on.
+The first two change the function: the model is to be trained on. So does DS-MoE with experts that
+start ``fresh``; with ``blocks`` its function is the dense model's.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import ConfigError, CrossLayerAttention, Feature
+from ..config import ConfigError, CrossLayerAttention, DenseMoE, Feature
 from ..cross_layer_attention import sharing_groups
+from . import expert_init as experts
 from .configuration_plugin_decoder import PluginDecoderConfig
 from .families import decoder_config, is_adapted
 from .modeling_plugin_decoder import PluginDecoderForCausalLM, PluginDecoderLayer
@@ -56,7 +59,8 @@ class Conversion:
     removed: Parameters = field(default_factory=dict)
     added: Parameters = field(default_factory=dict)
     likes: Parameters = field(default_factory=dict)
-    """For each added one, the parameter it was copied from and is to be treated like."""
+    """For each added one, the parameter that it is to be treated like: what it was copied from, or
+    what reads the same input."""
 
 
 def convert(
@@ -64,25 +68,35 @@ def convert(
     features: Iterable[Feature] = (),
     kv_init: str = KV_INITS[0],
     storage: Storage = LOCAL,
+    expert_init: str = experts.EXPERT_INITS[0],
 ) -> Conversion:
     """Make ``model`` a :class:`PluginDecoderForCausalLM` with ``features``, in place.
 
     A feature replaces what the model's own configuration says of it. A decoder that computes what
     is asked for already is left alone, whatever wraps its modules meanwhile, PEFT's adapters too.
 
+    Args:
+        kv_init: of :data:`KV_INITS`.
+        expert_init: of ``EXPERT_INITS``.
+
     Raises:
-        ConfigError: the decoder cannot express the model, or its consumers of Cross-Layer Attention
-            would need keys and values that it does not have. Nothing is changed then.
+        ConfigError: the decoder cannot express the model, its consumers of Cross-Layer Attention
+            would need keys and values that it does not have, or it cannot be divided into the
+            experts. Nothing is changed then.
     """
     sections = {feature.key(): feature.to_dict() for feature in features}
     base = model.get_base_model() if is_adapted(model) else model
     if isinstance(base, PluginDecoderForCausalLM) and _has(base.config, sections):
+        if DenseMoE.key() in sections:
+            base.config.dense_moe = sections[DenseMoE.key()]
+            experts.settle(base, DenseMoE.from_dict(base.config.dense_moe))
         return Conversion(base.config)
     config = decoder_config(model)
     _check_weights(model, _skeleton(config), storage)
-    stock = _sharing(config)
+    stock, before = _sharing(config), config.experts
     for key, section in sections.items():
         setattr(config, key, section)
+    experts.check(config, before)
     unshared = tuple(range(config.num_hidden_layers)), False
     if stock not in (unshared, _sharing(config)):
         raise ConfigError(
@@ -97,6 +111,7 @@ def convert(
     old = dict(model.named_parameters())
     _become(model, skeleton)
     likes = _initialise_kv_norms(model, storage)
+    likes |= experts.start(model, config, expert_init, storage)
     new = dict(model.named_parameters())
     return Conversion(
         config,
@@ -111,7 +126,12 @@ def _has(config: PluginDecoderConfig, sections: dict[str, Any]) -> bool:
     other = copy.copy(config)
     for key, section in sections.items():
         setattr(other, key, section)
-    return (config.ladder_layers, _sharing(config)) == (other.ladder_layers, _sharing(other))
+    return _function(config) == _function(other)
+
+
+def _function(config: PluginDecoderConfig) -> Any:
+    layers, moe = config.num_hidden_layers, config.experts
+    return config.ladder_layers, _sharing(config), moe and moe.function(layers)
 
 
 def _sharing(config: PluginDecoderConfig) -> tuple[tuple[int, ...], bool]:
