@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from deepspeed_plugins.auxiliary_loss import values
+from deepspeed_plugins.seams import versions
 from torch_plugins.config import ConfigError, DenseMoE
 from torch_plugins.hf import PluginDecoderForCausalLM
 from torch_plugins.hf.convert import convert
@@ -41,7 +42,9 @@ SPARSE = {
     "attention_inference": "top-k",
     "attention_top_k": 1,
 }
-RATE, STEPS, PARTS = 0.1, 2, 2
+RATE, STEPS = 0.1, 2
+PARTS = 2 if versions.installed() >= (0, 19, 6) else 1
+"""Micro-batches. Older releases divide at each output of a model, of loss and logits twice."""
 STAGES = range(4)
 
 
