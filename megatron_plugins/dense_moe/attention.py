@@ -3,21 +3,36 @@
 Query heads lie as grouped-query attention wants them, key-value head first: head ``h`` is one of
 expert ``h mod A`` and attends to key-value head ``h // A``. So a tensor-parallel process has heads
 of all experts, or of some where it shares its key-value head with others. Scores multiply what goes
-into ``linear_proj``, head by head.
+into ``linear_proj``, head by head. Inference that keeps few experts leaves out the attention of the
+others in Megatron's own ``DotProductAttention``; a kernel computes it, for scores of 0.
 
 Shapes: S sequence, B batch, H query heads of this process, P head dimension, A experts.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
 from megatron_plugins.dense_moe.router import Router
 from torch_plugins.config import DenseMoE
+from torch_plugins.dense_moe_attention import sparse_heads
+
+
+def _can_leave_out(core_attention: Any) -> bool:
+    """Whether it is softmax attention by the tensors that it is given, and by nothing else."""
+    config = core_attention.config
+    return (
+        type(core_attention) is DotProductAttention
+        and config.window_size is None
+        and not config.apply_query_key_layer_scaling
+        and getattr(core_attention, "softmax_offset", None) is None
+    )
 
 
 @cache
@@ -36,7 +51,10 @@ def heads_class(base: type) -> type:
             first = group.rank() * heads
             self.expert_of_head = [(first + h) % self.router.experts for h in range(heads)]
             self._scores: Tensor | None = None
+            self._kept: Tensor | None = None
             self.linear_proj.register_forward_pre_hook(self._weigh)
+            if _can_leave_out(self.core_attention):
+                self.core_attention.forward = partial(self._attend, self.core_attention.forward)
 
         def _weigh(self, linear: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
             """Multiply each head's output, ``[S, B, H P]``, by its expert's score."""
@@ -46,14 +64,42 @@ def heads_class(base: type) -> type:
             own = scores.index_select(-1, index).unsqueeze(-1)
             return ((heads.unflatten(-1, (own.shape[-2], -1)) * own).flatten(-2), *args[1:])
 
+        def _attend(
+            self,
+            original: Callable[..., Tensor],
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Tensor | None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Tensor:
+            """The core attention of kept experts, ``[S, B, H P]``; Megatron's mask is true where
+            nothing is seen."""
+            length, keys = query.shape[0], key.shape[0]
+            one = mask is None and length == 1
+            fits = mask is not None and mask.shape[-2:] == (length, keys)
+            if self._kept is None or not (one or fits):
+                return original(query, key, value, mask, *args, **kwargs)
+            experts = self.expert_of_head[: query.shape[2] // key.shape[2]]
+            out = sparse_heads(
+                query.transpose(0, 1),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                self._kept[..., experts].transpose(0, 1),
+                None if mask is None else ~mask,
+                self.core_attention.softmax_scale,
+            )
+            return out.transpose(0, 1).flatten(2)
+
         def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             scores = self.router(hidden_states)
-            kept = self.router.keep(scores)
-            self._scores = scores if kept is None else scores * kept
+            self._kept = self.router.keep(scores)
+            self._scores = scores if self._kept is None else scores * self._kept
             try:
                 return super().forward(hidden_states, *args, **kwargs)
             finally:
-                self._scores = None
+                self._scores = self._kept = None
 
     ExpertAttention.__name__ = ExpertAttention.__qualname__ = f"Expert{base.__name__}"
     return ExpertAttention

@@ -65,8 +65,13 @@ PLAIN: dict[str, Any] = {
     "use_torch_fsdp2": False,
     "te_precision_config_file": None,
     "spec": None,
+    "dsmoe_inference": "dense",
+    "dsmoe_top_k": None,
+    "dsmoe_attention_inference": "dense",
+    "dsmoe_attention_top_k": None,
 }
-"""How the run was spread and fused does not change the function; this machine has one process."""
+"""How the run was spread and fused does not change the function; this machine has one process.
+What inference leaves out does, and all of it is compared."""
 
 
 def restored_arguments(saved: dict[str, Any]) -> Namespace:

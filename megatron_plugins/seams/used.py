@@ -230,6 +230,14 @@ USED: tuple[Symbol, ...] = (
         relies_on=("linear_qkv", "pg_collection"),
     ),
     Symbol(
+        id="core-attention",
+        targets=("megatron.core.transformer.dot_product_attention:DotProductAttention",),
+        feature="dense_moe",
+        why="leaves out heads whose experts inference does not keep",
+        remove_when="it takes heads to leave out",
+        relies_on=("softmax_scale", "softmax_offset", "window_size"),
+    ),
+    Symbol(
         id="spec",
         targets=("megatron.core.transformer.spec_utils:ModuleSpec",),
         feature="dense_moe",

@@ -239,10 +239,23 @@ def inference(settings: dict[str, Any], options: dict[str, Any]) -> dict[str, An
         found[f"evaluation{parallel}"] = relative(A, B)
         if not more:
             found["cached"] = relative(cached(model, tokens), B[:, -8:])
+            found["left out"] = left_out(model, tokens)
             naive.keep = False
             with torch.no_grad():
                 found["from dense"] = relative(naive.logits(tokens, ladder, sharing), B)
     return found
+
+
+def left_out(model: GPTModel, tokens: Tensor) -> float:
+    """Share of the heads' outputs that are not computed, of the first layer."""
+    outputs = []
+    core = model.decoder.layers[0].self_attention.core_attention
+    hook = core.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        model(tokens, *positions_and_mask())
+    hook.remove()
+    heads = outputs[0].unflatten(-1, (-1, model.config.kv_channels))
+    return (heads == 0).all(-1).float().mean().item()
 
 
 def cached(model: GPTModel, tokens: Tensor) -> Tensor:

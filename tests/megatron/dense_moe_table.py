@@ -69,6 +69,13 @@ INFERENCE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "threshold": ({**BOTH, "inference": "threshold", "threshold": 0.9}, {}),
     "top-k of gated": ({**GATED, "inference": "top-k", "top_k": 1}, LADDER),
     "heads": ({**BOTH, "attention_inference": "top-k", "attention_top_k": 1}, SHARING),
+    "heads shared by processes": (
+        {
+            **dict(attention_experts=4, router="linear", **WEIGHTS),
+            **dict(attention_inference="top-k", attention_top_k=2),
+        },
+        {},
+    ),
     "heads above": (
         {**BOTH, "inference": "threshold", "attention_inference": "threshold", "threshold": 0.9},
         {},

@@ -67,6 +67,10 @@ def test_inference_keeps_what_the_rules_keep(cases: dict[str, Any], name: str) -
     assert case["cached"] <= 3e-6
     if name != "dense":
         assert case["from dense"] >= 0.1, "this rule drops nothing that matters"
+    if "attention_inference" in INFERENCE[name][0]:
+        assert case["left out"] >= 0.2
+    else:
+        assert case["left out"] == 0
 
 
 def test_a_process_without_a_kept_expert_and_one_token(cases: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from megatron_plugins.export.run import export
 from tests.parity.conftest import CASES, Case
 from torch_plugins import reference
 from torch_plugins.export import folder_model
+from torch_plugins.export.proof import with_all_experts
 
 MODEL_TYPES = {
     "llama-gqa-tp2": "llama",
@@ -65,14 +66,15 @@ def test_logits(
     tensors = {name: x.float() for name, x in folder_tensors(tmp_path / "out").items()}
     assert config["vocab_size"] == expected.shape[-1] == case.config.vocab_size
     others = [
-        folder_model.logits(tmp_path / "out", case.input_ids),
+        folder_model.logits(tmp_path / "out", case.input_ids, all_experts=True),
         reference.logits(
             ReferenceTensors(case.checkpoint, case.config, None),
-            case.config.to_dict(),
+            with_all_experts(case.config),
             case.input_ids,
         ),
     ]
     if model_type != "qwen2_moe":  # whose names the reference does not know
+        config["dense_moe"] = with_all_experts(case.config)["dense_moe"]
         others.append(reference.logits(tensors, config, case.input_ids))
     for other in others:
         assert (other - expected).abs().max().item() <= limit
