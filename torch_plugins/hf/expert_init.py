@@ -18,7 +18,7 @@ from torch import nn
 
 from ..config import ConfigError, DenseMoE
 from .configuration_plugin_decoder import PluginDecoderConfig
-from .router import MutualInformation, PluginDecoderRouter
+from .router import PluginDecoderRouter
 
 if TYPE_CHECKING:
     from .convert import Parameters, Storage
@@ -116,8 +116,4 @@ def settle(model: nn.Module, feature: DenseMoE) -> None:
     """Give the routers of a decoder the losses and the choice of experts of ``feature``."""
     for module in model.modules():
         if isinstance(module, PluginDecoderRouter):
-            attention = module.kind == "attention"
-            weight = feature.mi_weight_attention if attention else feature.mi_weight_mlp
-            module.loss = MutualInformation(f"mi_{module.kind}", weight) if weight else None
-            module.shares_marginal = feature.mi_reduction == "data-parallel"
-            module.choose(feature)
+            module.settle(feature)

@@ -55,13 +55,18 @@ class PluginDecoderRouter(nn.Module):
         self.kind = kind
         attention = kind == "attention"
         experts = feature.attention_experts if attention else feature.num_experts
-        coefficient = feature.mi_weight_attention if attention else feature.mi_weight_mlp
         width, self.hidden = config.hidden_size, None
         if feature.router == "mlp":
             width = feature.router_hidden_size
             self.hidden = nn.Linear(config.hidden_size, width, bias=False)
         self.weight = nn.Parameter(torch.empty(experts or 0, width))
-        self.loss = MutualInformation(f"mi_{kind}", coefficient) if coefficient else None
+        self.settle(feature)
+
+    def settle(self, feature: DenseMoE) -> None:
+        """Take the loss, and the choice of experts in evaluation, from ``feature``."""
+        attention = self.kind == "attention"
+        weight = feature.mi_weight_attention if attention else feature.mi_weight_mlp
+        self.loss = MutualInformation(f"mi_{self.kind}", weight) if weight else None
         self.shares_marginal = feature.mi_reduction == "data-parallel"
         self.choose(feature)
 
