@@ -106,7 +106,7 @@ EXPERTS = (
 DENSE_MOE = (*SMALL, *EXPERTS)
 EVERYTHING = (
     *(*SMALL, "--dsmoe-num-experts", 4, "--dsmoe-ffn-hidden-size", 24, "--dsmoe-gated"),
-    *("--dsmoe-router", "linear", "--dsmoe-mi-weight-mlp", 0.3, "--cla-sharing-factor", 2),
+    *("--dsmoe-router", "linear", "--dsmoe-mi-weight-mlp", 10, "--cla-sharing-factor", 2),
     *("--ladder-residual", "--dsmoe-mi-reduction", "data-parallel"),
 )
 """SwiGLU experts, the mean over all data-parallel processes, shared keys and a ladder."""
