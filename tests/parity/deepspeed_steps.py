@@ -32,6 +32,8 @@ from tests.parity.deepspeed_table import (
     WRONG,
     Case,
 )
+from torch_plugins.config import DenseMoE
+from torch_plugins.hf.convert import convert
 from torch_plugins.mup import param_groups
 
 MICRO_BATCHES = 2
@@ -43,6 +45,8 @@ def stock(case: Case, weights: dict[str, Tensor], poisoned: bool) -> nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(case.family, **SIZES, **case.fields)
     model = AutoModelForCausalLM.from_config(config)
+    if "dense_moe" in case.section:  # the JSON finds the routers, with Megatron's weights
+        convert(model, [DenseMoE.from_dict({**case.section["dense_moe"], "gated": True})])
     for name, parameter in model.state_dict().items():
         if name in weights:
             parameter.copy_(weights[name])
@@ -89,10 +93,12 @@ def train(case: Case, weights: dict[str, Tensor], batches: Tensor, poisoned: boo
     seen: dict[str, Any] = {"loss": [], "norm": [], "rates": []}
     for step, tokens in enumerate(batches[: case.steps]):
         seen["rates"].append(sorted({*engines.rates(engine)}))
-        own = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+        own = tokens[dist.get_rank() :: dist.get_world_size()]  # in step with Megatron's
         total = torch.zeros(())
         for micro_batch, ids in enumerate(own.split(1)):
-            loss = engine(ids, labels=ids).loss
+            # Megatron's loader gives no model the last token, whose scores routers would count.
+            inputs, targets = ids[:, :-1], ids[:, 1:]
+            loss = engine(inputs, labels=inputs, shift_labels=targets).loss
             engine.backward(loss)
             total += loss.detach() / MICRO_BATCHES / dist.get_world_size()
             if step == 0 and micro_batch == MICRO_BATCHES - 1:

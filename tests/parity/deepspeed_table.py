@@ -58,6 +58,19 @@ POWER_FLAGS = (
 LADDER = {"ladder_residual": {"layers": "all"}}
 PARTIAL = {"ladder_residual": {"layers": "1-3"}}
 SHARED = {"cross_layer_attention": {"sharing_factor": 2}}
+EXPERTS = {
+    "num_experts": 4,
+    "attention_experts": 2,
+    "router_hidden_size": 32,
+    "mi_weight_mlp": 0.5,
+    "mi_weight_attention": 0.3,
+    "mi_reduction": "data-parallel",
+}
+"""A micro-batch of Megatron is one sequence on each rank of DeepSpeed."""
+EXPERTS_FLAGS = (
+    "--dsmoe-num-experts 4 --dsmoe-attention-experts 2 --dsmoe-gated --dsmoe-router-hidden-size 32 "
+    "--dsmoe-mi-weight-mlp 0.5 --dsmoe-mi-weight-attention 0.3 "
+)
 SEPARATE = {"cross_layer_attention": {"pattern": "keep-ends", "kv_norm": "separate"}}
 
 
@@ -92,6 +105,7 @@ CASES = {
         {"head_dim": 16},
         PARTIAL | SEPARATE,
     ),
+    "experts": Case(EXPERTS_FLAGS, section={"dense_moe": EXPERTS}),
     "power lr": Case(POWER_FLAGS, scheduler=POWER),
     "mup": Case(MUP_FLAGS, "granite", MUP, width_multiplier=4, std=0.5),
     "together": Case(
@@ -123,6 +137,17 @@ WRONG = {
             section=PARTIAL | {"cross_layer_attention": {"pattern": "keep-ends"}},
         ),
     ),
+    "experts: mean of the scores of one rank": (
+        "experts",
+        "gradients",
+        replace(CASES["experts"], section={"dense_moe": EXPERTS | {"mi_reduction": "local"}}),
+    ),
+    "experts: weight of a loss": (
+        "experts",
+        "gradients",
+        replace(CASES["experts"], section={"dense_moe": EXPERTS | {"mi_weight_attention": 0.31}}),
+    ),
+    "experts: off": ("experts", "names", replace(CASES["experts"], section={})),
     "power lr: off": ("power lr", "rates", replace(CASES["power lr"], scheduler=None)),
     "power lr: length of a sequence": (
         "power lr",

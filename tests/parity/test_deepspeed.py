@@ -4,7 +4,7 @@ ZeRO 3.
 
 Weights and gradients go from the one to the other under the exporter's names. Batches, optimizer
 and clipping are the same; DeepSpeed is given two sequences on each rank, one at a time, Megatron
-four, two at a time.
+four, two at a time, the same two.
 """
 
 from __future__ import annotations
