@@ -20,6 +20,9 @@ from typing import Any
 from deepspeed_plugins import conversion
 from torch_plugins.config import ConfigError, DenseMoE
 
+TOGETHER = ("PluginDecoderDenseMoE", "PluginDecoderDenseMoEAttention")
+"""Modules that hold experts."""
+
 
 def of_model(settings: DenseMoE, engine_arguments: Mapping[str, Any]) -> DenseMoE:
     """``gated`` as the model's MLP is, where the JSON does not say."""
@@ -30,31 +33,35 @@ def of_model(settings: DenseMoE, engine_arguments: Mapping[str, Any]) -> DenseMo
     return replace(settings, gated=bool(getattr(config, "mlp_gated", True)))
 
 
-def validate(settings: DenseMoE, engine_arguments: Mapping[str, Any]) -> None:
-    """Refuse tensor parallelism.
+def check(features: Mapping[str, Any], engine_arguments: Mapping[str, Any]) -> None:
+    """Refuse tensor parallelism of a model that has experts, or is to be given them.
 
     Raises:
         ConfigError: names the key and the remedy.
     """
-    size = engine_arguments["config_class"].tensor_parallel_config.autotp_size
-    if size > 1:
+    config, key = engine_arguments["config_class"], DenseMoE.key()
+    size = config.tensor_parallel_config.autotp_size
+    asked = key in features and conversion.applies(config, engine_arguments.get("optimizer"))
+    if size > 1 and (asked or _has_experts(engine_arguments["model"])):
         raise ConfigError(
-            f"{conversion.SECTION}.{settings.key()} with tensor_parallel.autotp_size {size}: it "
-            "would cut the matrices of experts and not their scores; drop tensor_parallel and use "
-            "ZeRO"
+            f"{key} with tensor_parallel.autotp_size {size}: it would cut the matrices of experts "
+            "and not their scores; drop tensor_parallel and use ZeRO"
         )
 
 
-def prepare(settings: DenseMoE, engine_arguments: Mapping[str, Any]) -> None:
-    """Under ZeRO 3, let it gather the weights of a layer's experts together."""
-    if engine_arguments["config_class"].zero_optimization_stage < 3:
+def gather_together(engine_arguments: Mapping[str, Any]) -> None:
+    """Under ZeRO 3, let it gather the weights of a layer's experts together; also of a model that
+    had them before, be it of this package or of a folder's remote code."""
+    config, model = engine_arguments["config_class"], engine_arguments["model"]
+    if config.zero_optimization_stage < 3 or not _has_experts(model):
         return
     from deepspeed.utils.z3_leaf_module import set_z3_leaf_modules
 
-    from torch_plugins.hf.experts import PluginDecoderDenseMoE, PluginDecoderDenseMoEAttention
+    set_z3_leaf_modules(model, list(TOGETHER), raise_if_not_found=False)
 
-    kinds = [PluginDecoderDenseMoE, PluginDecoderDenseMoEAttention]
-    set_z3_leaf_modules(engine_arguments["model"], kinds, raise_if_not_found=False)
+
+def _has_experts(model: Any) -> bool:
+    return getattr(getattr(model, "config", None), DenseMoE.key(), None) is not None
 
 
 def describe(settings: DenseMoE, engine: Any) -> str:

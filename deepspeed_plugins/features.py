@@ -10,7 +10,6 @@ It may define
 - ``of_model(settings, engine_arguments)``: the settings, with what the model decides filled in;
 - ``from_config(config)``: the settings, or None while off, where they do not stand in the section;
 - ``validate(settings, engine_arguments)``: raise before the engine builds anything;
-- ``prepare(settings, engine_arguments)``: change the converted model before an engine has it;
 - ``finish(settings, engine)``: change the engine once it is built;
 - ``describe(settings, engine)``: its line at the start of a run, after checking that it is active.
 """

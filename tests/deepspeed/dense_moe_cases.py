@@ -213,11 +213,15 @@ def against_torch():
 
 
 def sparse_phases(folder):
-    """Of both ranks: evaluation before, between and after training steps, under ZeRO 3."""
+    """Of both ranks: evaluation before, between and after training steps, under ZeRO 3; and of an
+    engine whose JSON does not name the experts that its model has."""
     engine = build(sure(), settings(3, PARTS))
     found = [evaluate(engine)]
     train(engine)
     found += [evaluate(engine), evaluate(engine)]
+    json_file = settings(3, PARTS)
+    del json_file["deepspeed_plugins"]
+    found.append(evaluate(build(sure(), json_file)))
     engine.save_checkpoint(str(folder / "sure"))
     with torch.no_grad():
         logits = engine(batch(0, 0)).logits
@@ -313,6 +317,12 @@ def refused():
         except ConfigError as error:
             messages[name] = str(error)
         assert type(model) is LlamaForCausalLM
+    json_file = settings(0, tensor_parallel={"autotp_size": 2})
+    del json_file["deepspeed_plugins"]
+    try:
+        build(sure(), json_file)
+    except ConfigError as error:
+        messages["autotp without section"] = str(error)
     pipeline = deepspeed.pipe.PipelineModule([nn.Linear(8, 8)], num_stages=1)
     try:
         build(pipeline, settings(0))

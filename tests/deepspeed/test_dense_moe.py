@@ -48,7 +48,7 @@ def test_logged_losses_count_once(cases):
 
 def test_ranks_compute_experts_of_their_own_under_zero_3(cases):
     """What the whole model computes with these experts, which is not what it does with all; before,
-    between and after training."""
+    between and after training, and without a section of the JSON."""
     first, second = cases["sparse"]
     assert any(one["experts"] != other["experts"] for one, other in zip(first, second, strict=True))
     for seen in first + second:
@@ -91,6 +91,7 @@ def test_what_an_engine_says(cases):
 
 REFUSED = {
     "autotp": "dense_moe with tensor_parallel.autotp_size 2: it would cut the matrices of experts",
+    "autotp without section": "drop tensor_parallel and use ZeRO",
     "experts": "num_experts 3: must divide the model's intermediate_size 40",
     "gated": "gated False: the model's MLP says True (mlp_gated); set that",
     "heads": "attention_experts 4: a key-value head has 2 query heads; use 2",
