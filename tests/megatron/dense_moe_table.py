@@ -69,6 +69,10 @@ INFERENCE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "threshold": ({**BOTH, "inference": "threshold", "threshold": 0.9}, {}),
     "top-k of gated": ({**GATED, "inference": "top-k", "top_k": 1}, LADDER),
     "heads": ({**BOTH, "attention_inference": "top-k", "attention_top_k": 1}, SHARING),
+    "heads of a kernel": (
+        {**BOTH, "attention_inference": "top-k", "attention_top_k": 1},
+        dict(apply_query_key_layer_scaling=True, attention_softmax_in_fp32=True),
+    ),
     "heads shared by processes": (
         {
             **dict(attention_experts=4, router="linear", **WEIGHTS),
