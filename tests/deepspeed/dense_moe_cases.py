@@ -338,6 +338,8 @@ def main(record, folder):
     result |= {"torch": against_torch(), "sparse": sparse_phases(folder)}
     if dist.get_rank() == 0:
         record.write_text(json.dumps(result, indent=1))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
