@@ -45,6 +45,16 @@ GRANITE = {
     "logits_scaling": 2.0,
 }
 LADDER = {"ladder_residual": {"layers": "all"}}
+EXPERTS = {
+    "dense_moe": {
+        "num_experts": 6,
+        "gated": True,
+        "router": "linear",
+        "inference": "top-k",
+        "top_k": 2,
+    }
+}
+CHOICES = ({"num_experts_per_tok": 3}, {"norm_topk_prob": True})
 CLA2 = {"cross_layer_attention": {"sharing_factor": 2}}
 
 
@@ -56,6 +66,8 @@ class Family:
     controls: tuple[dict[str, Any], ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of ``vllm.LLM``."""
+    stock: str = ""
+    """``Qwen2Moe``: the exporters write it as that model of transformers, which vLLM has too."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -155,6 +167,12 @@ FAMILIES = {
         },
         (cla("keep-ends"), cla("0,1,1,1", "separate")),
     ),
+    "experts": Family(
+        EXPERTS | {"attention_bias": True, "attention_output_bias": False},
+        CHOICES,
+        stock="Qwen2Moe",
+    ),
+    "experts-qk-norm": Family(EXPERTS | {"qk_norm": True}, CHOICES, stock="Qwen3Moe"),
     "tensor-parallel": Family(
         LADDER
         | {

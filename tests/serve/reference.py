@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import torch_plugins.hf
 from tests.serve.families import FAMILIES, VOCAB, Family
+from torch_plugins.export.tokenizer import Tokenizer as ExportedTokenizer
+from torch_plugins.export.writer import write_model
 
 NEW_TOKENS = 16
 
@@ -37,7 +39,18 @@ def build(family: Family, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         spread = 0.3 if parameter.ndim == 1 else 0.08
         parameter.data.normal_(1.0 if "norm" in name and "weight" in name else 0.0, spread)
-    model.save_pretrained(folder)
+    if not family.stock:
+        model.save_pretrained(folder)
+        return
+    folder.mkdir()
+    write_model(folder, config, State(model.state_dict()), ExportedTokenizer(), "5GB", print)
+
+
+class State(dict[str, torch.Tensor]):
+    """A state dict as the exporters want it."""
+
+    def meta(self, name: str) -> torch.Tensor:
+        return self[name].to("meta")
 
 
 def tokenizer(folder: Path) -> None:

@@ -9,6 +9,7 @@ from tests.serve.families import FAMILIES, TOLERANCE
 from torch_plugins.config import CrossLayerAttention
 
 OURS = "torch_plugins.vllm.plugin_decoder"
+STOCK = {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe"}
 
 
 def distance(first, second):
@@ -43,6 +44,9 @@ def test_vllm_equals_transformers(served, reference, name):
         family.options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")
     )
     model = [f"{OURS}.PluginDecoderForCausalLM", f"{OURS}.PluginDecoderModel"]
+    if family.stock:
+        module = f"vllm.model_executor.models.{STOCK[family.stock]}"
+        model = [f"{module}.{family.stock}ForCausalLM", f"{module}.{family.stock}Model"]
     assert result["models"] == [model] * tensor * pipeline
 
     assert distance(result["logprobs"], expected["logprobs"]) <= TOLERANCE
