@@ -43,10 +43,9 @@ from torch.nn import functional as F
 Activation = Callable[[Tensor], Tensor]
 Weights = Tensor | tuple[Tensor, Tensor]
 
-FEW_TOKENS, FEW_TOKENS_16_BIT = 1, 32
-"""Up to here the weights are read in slices, beyond tokens are gathered: whichever
-``examples/dense_moe/bench_sparse.py`` found faster on a CPU, where small 16-bit products are slow.
-"""
+ROWS_OF_A_CALL, ROWS_OF_A_CALL_16_BIT = 0.5, 28.0
+"""Rows that an expert may as well compute for nothing, as that is what a product of its own costs;
+measured on a CPU with ``examples/dense_moe/bench_sparse.py``."""
 ROWS = 512
 """Gathered at a time: few fit the cache, and many save calls."""
 
@@ -139,23 +138,26 @@ def sparse_mlp(
     """The experts of ``kept_TN`` only: :func:`dense_mlp` with the other scores 0, at the cost of
     those that are left.
 
-    Few tokens cost what the experts' weights take to read, each once for all of them; so neither
-    can be faster than dense by more than the share of experts that some token keeps. Many tokens
-    are grouped by expert, each group one matrix product. An expert that no token keeps costs
-    nothing, and a token that keeps no expert gets zeros.
+    Few tokens cost what the experts' weights take to read, each once for all of them: no faster
+    than dense by more than the share of experts that some token keeps. Many tokens are grouped by
+    expert, each group one matrix product. An expert that no token keeps costs nothing, and a token
+    that keeps no expert gets zeros.
 
     Args:
         kept_TN: bool; see :func:`keep`.
     """
-    few = FEW_TOKENS_16_BIT if x_TD.element_size() == 2 else FEW_TOKENS
-    form = _sparse_by_run if x_TD.shape[0] <= few else _sparse_by_group
-    return form(x_TD, scores_TN, kept_TN, _matrices(up), down_DNF, activation)
+    counts = kept_TN.sum(0).tolist()
+    spare = x_TD.shape[0] - sum(counts) / max(1, sum(count > 0 for count in counts))
+    limit = ROWS_OF_A_CALL_16_BIT if x_TD.element_size() == 2 else ROWS_OF_A_CALL
+    form = _sparse_by_run if spare <= limit else _sparse_by_group
+    return form(x_TD, scores_TN, kept_TN, counts, _matrices(up), down_DNF, activation)
 
 
 def _sparse_by_run(
     x: Tensor,
     scores_TN: Tensor,
     kept_TN: Tensor,
+    counts: list[int],
     up: Sequence[Tensor],
     down: Tensor,
     activation: Activation,
@@ -168,7 +170,7 @@ def _sparse_by_run(
     width = down.shape[-1] // experts
     masked = scores_TN * kept_TN
     result = x.new_zeros(x.shape[0], down.shape[0])
-    for start, end in _runs(kept_TN.any(0).tolist()):
+    for start, end in _runs([count > 0 for count in counts]):
         own = slice(start * width, end * width)
         inner = _inner(x, [matrix[own] for matrix in up], activation)
         gated = inner.unflatten(-1, (end - start, width)) * masked[:, start:end].unsqueeze(-1)
@@ -189,6 +191,7 @@ def _sparse_by_group(
     x: Tensor,
     scores_TN: Tensor,
     kept_TN: Tensor,
+    counts: list[int],
     up: Sequence[Tensor],
     down: Tensor,
     activation: Activation,
@@ -200,7 +203,7 @@ def _sparse_by_group(
     ups = [matrix.unflatten(0, (experts, -1)).unbind(0) for matrix in up]
     downs = down.unflatten(-1, (experts, -1)).unbind(-2)
     result = x.new_zeros(x.shape[0], down.shape[0])
-    for portion in _portions(kept_TN.sum(0).tolist()):
+    for portion in _portions(counts):
         rows = token[portion[0].start : portion[-1].end]
         gathered = x.index_select(0, rows).split([group.end - group.start for group in portion])
         outputs = [

@@ -93,10 +93,10 @@ KEPT = {
 
 @gated
 @pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
-@pytest.mark.parametrize("few", [0, T], ids=["by group", "by run"])
-def test_sparse_is_dense_with_the_other_scores_zero(gated, kept, few, monkeypatch):
+@pytest.mark.parametrize("limit", [-1, T], ids=["by group", "by run"])
+def test_sparse_is_dense_with_the_other_scores_zero(gated, kept, limit, monkeypatch):
     """Not renormalized; in portions of three tokens, and for one token as for many."""
-    monkeypatch.setattr(dense_moe, "FEW_TOKENS", few)
+    monkeypatch.setattr(dense_moe, "ROWS_OF_A_CALL", limit)
     monkeypatch.setattr(dense_moe, "ROWS", 3)
     for tokens in (1, T):
         x, logits, up, down = inputs = layer(gated, tokens)
@@ -112,9 +112,9 @@ def test_sparse_is_dense_with_the_other_scores_zero(gated, kept, few, monkeypatc
             torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize("few", [0, T], ids=["by group", "by run"])
-def test_experts_that_no_token_keeps_are_not_read(few, monkeypatch):
-    monkeypatch.setattr(dense_moe, "FEW_TOKENS", few)
+@pytest.mark.parametrize("limit", [-1, T], ids=["by group", "by run"])
+def test_experts_that_no_token_keeps_are_not_read(limit, monkeypatch):
+    monkeypatch.setattr(dense_moe, "ROWS_OF_A_CALL", limit)
     x, logits, up, down = layer(gated=True)
     mask = torch.arange(N).ge(4).expand(T, N)
     unread = torch.arange(N * WIDTH) < 4 * WIDTH
@@ -123,15 +123,20 @@ def test_experts_that_no_token_keeps_are_not_read(few, monkeypatch):
     assert sparse_mlp(x, scores(logits), mask, up, down, F.silu).isfinite().all()
 
 
-def test_few_tokens_are_more_in_16_bit(monkeypatch):
+def test_tokens_are_grouped_where_that_saves_more_than_a_call_costs(monkeypatch):
+    """One expert for each of T tokens: in a run, each expert would compute T - 1 for nothing."""
     taken = []
     for form in ("_sparse_by_run", "_sparse_by_group"):
         monkeypatch.setattr(dense_moe, form, lambda *_, form=form: taken.append(form))
     for dtype in (torch.float32, torch.bfloat16):
-        for tokens in (1, 2, 32, 33):
+        for tokens in (1, 2, 29, 30):
             x, logits, up, down = (each.to(dtype) for each in layer(False, tokens))
-            sparse_mlp(x, logits, logits > 0, up, down, F.gelu)
-    assert [form == "_sparse_by_run" for form in taken] == [True, *[False] * 3, *[True] * 3, False]
+            kept = torch.eye(tokens, dtype=torch.bool)
+            sparse_mlp(x, logits, kept, up, down, F.gelu)
+            sparse_mlp(x, logits, torch.ones_like(kept), up, down, F.gelu)
+    by_run = [form == "_sparse_by_run" for form in taken]
+    assert by_run[::2] == [True, *[False] * 3, *[True] * 3, False]
+    assert all(by_run[1::2])  # all experts for all tokens: one run, nothing computed for nothing
 
 
 def test_what_is_kept():
