@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FEATURES = {"together": "deepspeed", "ladder": "ladder_residual"}
 FEATURES |= {"sharing": "cross_layer_attention", "power": "power_lr"}
+FEATURES |= {"experts": "dense_moe"}
 
 
 def run(name, script, *words):

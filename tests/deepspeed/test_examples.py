@@ -14,12 +14,14 @@ CASES = Path(__file__).with_name("example_cases.py")
 STEPS = 10
 LADDER = "ladder-residual: 4 of 4 layers"
 SHARING = "cross-layer-attention: 2 of 4 layers share keys and values (producers 0, 2)"
+EXPERTS = "dense-moe: 8 experts in 4 layers, linear routers; evaluation dense"
 POWER = "power-lr: peak 0.01, a 4, b -0.51, {} sequences of 128 tokens, warms up over {} tokens"
 ACTIVE = {
     "together": [LADDER, SHARING, POWER.format(8, "8,192")],
     "ladder": [LADDER],
     "sharing": [SHARING],
     "power": [POWER.format(16, "20,480")],
+    "experts": [EXPERTS],
 }
 TRAINER = ACTIVE | {"power": [POWER.format(8, "1,024") + ", decays over the last 20,480 tokens"]}
 
@@ -43,7 +45,7 @@ def outputs(folder):
 def test_a_json_turns_its_features_on(outputs, name):
     """And no other, in both scripts; the loss falls below that of equal odds, ln 256."""
     for run, expected in ((name, ACTIVE[name]), (f"{name}, Trainer", TRAINER[name])):
-        pattern = r"^(?:ladder-residual|cross-layer|power-lr).*"
+        pattern = r"^(?:ladder-residual|cross-layer|power-lr|dense-moe).*"
         lines = re.findall(pattern, outputs[run], re.MULTILINE)
         assert len(lines) == len(expected)
         assert all(map(str.startswith, sorted(lines), sorted(expected))), lines
