@@ -8,6 +8,7 @@ import copy
 import json
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 
 import deepspeed
@@ -90,12 +91,10 @@ def entropy(p):
     return -(p * p.log()).sum(-1)
 
 
-def plain(reduction, start=None, auxiliary=True, steps=STEPS):
+@cache
+def plain(reduction, auxiliary=True):
     """Parameters, and by kind the losses of the last step, of plain torch."""
     model = sure()
-    if start is not None:
-        for parameter, value in zip(model.parameters(), start, strict=True):
-            parameter.data.copy_(value)
     convert(model, [DenseMoE.from_dict(EXPERTS | {"gated": True} | NO_LOSS)])
     seen = {}
     for name, module in model.named_modules():
@@ -105,7 +104,7 @@ def plain(reduction, start=None, auxiliary=True, steps=STEPS):
             )
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     places = [(rank, part) for part in range(PARTS) for rank in range(dist.get_world_size())]
-    for step in range(steps):
+    for step in range(STEPS):
         seen.clear()
         total, means = 0.0, dict.fromkeys(WEIGHTS, 0.0)
         for rank, part in places:
