@@ -3,8 +3,9 @@
 Query heads lie as grouped-query attention wants them, key-value head first: head ``h`` is one of
 expert ``h mod A`` and attends to key-value head ``h // A``. So a tensor-parallel process has heads
 of all experts, or of some where it shares its key-value head with others. Scores multiply what goes
-into ``linear_proj``, head by head. Inference that keeps few experts leaves out the attention of the
-others in Megatron's own ``DotProductAttention``; a kernel computes it, for scores of 0.
+into ``linear_proj``, head by head. Inference that keeps few experts leaves the others out of
+Megatron's own linears and ``DotProductAttention``; TransformerEngine's and other kernels compute
+them, for scores of 0.
 
 Shapes: S sequence, B batch, H query heads of this process, P head dimension, A experts.
 """
@@ -19,6 +20,7 @@ import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
+from megatron_plugins.dense_moe import projections
 from megatron_plugins.dense_moe.router import Router
 from torch_plugins.config import DenseMoE
 from torch_plugins.dense_moe_attention import sparse_heads
@@ -50,11 +52,36 @@ def heads_class(base: type) -> type:
             heads = config.num_attention_heads // group.size()
             first = group.rank() * heads
             self.expert_of_head = [(first + h) % self.router.experts for h in range(heads)]
+            per_group = heads // self.num_query_groups_per_partition
+            self.own_experts = self.expert_of_head[:per_group]
             self._scores: Tensor | None = None
             self._kept: Tensor | None = None
             self.linear_proj.register_forward_pre_hook(self._weigh)
-            if _can_leave_out(self.core_attention):
-                self.core_attention.forward = partial(self._attend, self.core_attention.forward)
+            self._leave_out(config, group)
+
+        def _leave_out(self, config: Any, group: Any) -> None:
+            """Let inference compute kept heads only, where the modules are Megatron's own."""
+            linears = self.linear_qkv, self.linear_proj
+            if not all(projections.can_leave_out(linear) for linear in linears):
+                return
+            if not _can_leave_out(self.core_attention):
+                return
+            self.core_attention.forward = partial(self._attend, self.core_attention.forward)
+            self.linear_proj.forward = partial(self._output, self.linear_proj.forward)
+            if config.num_query_groups >= group.size():  # else rows of queries are anywhere
+                self.linear_qkv.forward = partial(self._queries, self.linear_qkv.forward)
+
+        def _queries(self, original: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+            if self._kept is None:
+                return original(x, *args)
+            groups, size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+            return projections.queries(self.linear_qkv, x, self._kept, groups, size), None
+
+        def _output(self, original: Callable[..., Any], heads: Tensor, *args: Any) -> Any:
+            if self._kept is None:
+                return original(heads, *args)
+            groups, size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+            return projections.output(self.linear_proj, heads, self._kept, groups, size), None
 
         def _weigh(self, linear: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
             """Multiply each head's output, ``[S, B, H P]``, by its expert's score."""
@@ -81,12 +108,11 @@ def heads_class(base: type) -> type:
             fits = mask is not None and mask.shape[-2:] == (length, keys)
             if self._kept is None or not (one or fits):
                 return original(query, key, value, mask, *args, **kwargs)
-            experts = self.expert_of_head[: query.shape[2] // key.shape[2]]
             out = sparse_heads(
                 query.transpose(0, 1),
                 key.permute(1, 2, 0, 3),
                 value.permute(1, 2, 0, 3),
-                self._kept[..., experts].transpose(0, 1),
+                self._kept.transpose(0, 1),
                 None if mask is None else ~mask,
                 self.core_attention.softmax_scale,
             )
@@ -94,8 +120,9 @@ def heads_class(base: type) -> type:
 
         def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             scores = self.router(hidden_states)
-            self._kept = self.router.keep(scores)
-            self._scores = scores if self._kept is None else scores * self._kept
+            kept = self.router.keep(scores)
+            self._kept = None if kept is None else kept[..., self.own_experts]
+            self._scores = scores if kept is None else scores * kept
             try:
                 return super().forward(hidden_states, *args, **kwargs)
             finally:

@@ -15,8 +15,8 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
 from megatron_plugins.dense_moe import sharding
+from megatron_plugins.dense_moe.projections import combine
 from megatron_plugins.dense_moe.router import Router
-from megatron_plugins.reduction import keeps_partial_sums
 from torch_plugins import dense_moe
 from torch_plugins.config import DenseMoE
 
@@ -64,8 +64,7 @@ def experts_class(base: type) -> type:
             """The kept experts of this process, summed over the processes as ``linear_fc2``
             would."""
             config, group = self.config, self.tp_group
-            sequence_parallel = config.sequence_parallel and group.size() > 1
-            if sequence_parallel:
+            if config.sequence_parallel and group.size() > 1:
                 x = mappings.gather_from_sequence_parallel_region(x, group=group)
             up, down = self.linear_fc1.weight, self.linear_fc2.weight
             out = dense_moe.sparse_mlp(
@@ -76,11 +75,7 @@ def experts_class(base: type) -> type:
                 down,
                 config.activation_func,
             ).unflatten(0, x.shape[:2])
-            if group.size() == 1 or keeps_partial_sums(self.linear_fc2):
-                return out
-            if sequence_parallel:
-                return mappings.reduce_scatter_to_sequence_parallel_region(out, group=group)
-            return mappings.reduce_from_tensor_model_parallel_region(out, group=group)
+            return combine(self.linear_fc2, out)
 
         def sharded_state_dict(
             self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None

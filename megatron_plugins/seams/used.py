@@ -238,6 +238,14 @@ USED: tuple[Symbol, ...] = (
         relies_on=("softmax_scale", "softmax_offset", "window_size"),
     ),
     Symbol(
+        id="linears",
+        targets=("megatron.core.tensor_parallel:layers",),
+        feature="dense_moe",
+        why="leaves out projections of heads whose experts inference does not keep",
+        remove_when="linears take rows and columns to leave out",
+        relies_on=("class ColumnParallelLinear(", "class RowParallelLinear(", "tp_group"),
+    ),
+    Symbol(
         id="spec",
         targets=("megatron.core.transformer.spec_utils:ModuleSpec",),
         feature="dense_moe",

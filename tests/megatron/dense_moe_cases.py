@@ -246,16 +246,21 @@ def inference(settings: dict[str, Any], options: dict[str, Any]) -> dict[str, An
     return found
 
 
-def left_out(model: GPTModel, tokens: Tensor) -> float:
-    """Share of the heads' outputs that are not computed, of the first layer."""
-    outputs = []
-    core = model.decoder.layers[0].self_attention.core_attention
-    hook = core.register_forward_hook(lambda module, args, output: outputs.append(output))
+def left_out(model: GPTModel, tokens: Tensor) -> list[float]:
+    """Share of heads that are not computed, in the first layer: projected queries, keys and values
+    together; outputs."""
+    outputs: list[Tensor] = []
+    attention = model.decoder.layers[0].self_attention
+    hooks = [
+        attention.linear_qkv.register_forward_hook(lambda *call: outputs.append(call[-1][0])),
+        attention.core_attention.register_forward_hook(lambda *call: outputs.append(call[-1])),
+    ]
     with torch.no_grad():
         model(tokens, *positions_and_mask())
-    hook.remove()
-    heads = outputs[0].unflatten(-1, (-1, model.config.kv_channels))
-    return (heads == 0).all(-1).float().mean().item()
+    for hook in hooks:
+        hook.remove()
+    heads = [output.unflatten(-1, (-1, model.config.kv_channels)) for output in outputs]
+    return [(each == 0).all(-1).float().mean().item() for each in heads]
 
 
 def cached(model: GPTModel, tokens: Tensor) -> Tensor:

@@ -78,8 +78,14 @@ class Naive:
         size, per = config.kv_channels, config.num_attention_heads // groups
         rows = self.weights[f"{layer}.self_attention.linear_qkv.weight"]
         rows = rows.unflatten(0, (groups, -1, size))
+        bias = self.weights.get(f"{layer}.self_attention.linear_qkv.bias", torch.zeros(()))
+        bias = bias.expand(rows.shape[:3].numel()).view(rows.shape[:3])
+
+        def head(j: int, i: int) -> Tensor:
+            return x @ rows[j, i].T + bias[j, i]
+
         if kv is None:
-            kv = [(x @ rows[j, per].T, x @ rows[j, per + 1].T) for j in range(groups)]
+            kv = [(head(j, per), head(j, per + 1)) for j in range(groups)]
         experts = self.feature.attention_experts
         s = self.scores(x, "attention", f"{layer}.self_attention.router") if experts else None
         future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
@@ -87,9 +93,9 @@ class Naive:
         for j in range(groups):
             for i in range(per):
                 key, value = kv[j]
-                products = (x @ rows[j, i].T) @ key.transpose(1, 2) / math.sqrt(size)
-                head = products.masked_fill(future, -math.inf).softmax(-1) @ value
-                heads.append(head if s is None else s[..., i : i + 1] * head)
+                products = head(j, i) @ key.transpose(1, 2) / math.sqrt(size)
+                out = products.masked_fill(future, -math.inf).softmax(-1) @ value
+                heads.append(out if s is None else s[..., i : i + 1] * out)
         proj = self.weights[f"{layer}.self_attention.linear_proj.weight"]
         return torch.cat(heads, -1) @ proj.T, kv
 

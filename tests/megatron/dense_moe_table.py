@@ -68,7 +68,10 @@ INFERENCE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "top-k": ({**BOTH, "inference": "top-k", "top_k": 2}, {}),
     "threshold": ({**BOTH, "inference": "threshold", "threshold": 0.9}, {}),
     "top-k of gated": ({**GATED, "inference": "top-k", "top_k": 1}, LADDER),
-    "heads": ({**BOTH, "attention_inference": "top-k", "attention_top_k": 1}, SHARING),
+    "heads": (
+        {**BOTH, "attention_inference": "top-k", "attention_top_k": 1},
+        {**SHARING, "add_qkv_bias": True},
+    ),
     "heads of a kernel": (
         {**BOTH, "attention_inference": "top-k", "attention_top_k": 1},
         dict(apply_query_key_layer_scaling=True, attention_softmax_in_fp32=True),

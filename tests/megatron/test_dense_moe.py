@@ -67,10 +67,12 @@ def test_inference_keeps_what_the_rules_keep(cases: dict[str, Any], name: str) -
     assert case["cached"] <= 3e-6
     if name != "dense":
         assert case["from dense"] >= 0.1, "this rule drops nothing that matters"
-    if "attention_inference" in INFERENCE[name][0] and "kernel" not in name:
-        assert case["left out"] >= 0.2
+    projected, attended = case["left out"]
+    if "attention_inference" not in INFERENCE[name][0] or "kernel" in name:
+        assert projected == attended == 0
     else:
-        assert case["left out"] == 0
+        assert attended >= 0.2
+        assert (projected >= 0.1) == (name != "heads shared by processes")
 
 
 def test_a_process_without_a_kept_expert_and_one_token(cases: dict[str, Any]) -> None:
