@@ -115,9 +115,10 @@ def test_kurtosis_of_half_precision_is_single():
     torch.testing.assert_close(k.double(), kurtosis(y.detach().double()), rtol=1e-5, atol=0)
 
 
-def test_the_operators_are_registered_as_torch_wants_them():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_operators_are_registered_as_torch_wants_them(dtype):
     high, low = clips()
-    x = values((3, 8)).requires_grad_()
+    x = values((3, 8), dtype=dtype).requires_grad_()
     torch.library.opcheck(torch.ops.torch_plugins.fake_quant.default, (x, high, low, 4))
     torch.library.opcheck(torch.ops.torch_plugins.kurtosis.default, (x, 1e-6))
 
