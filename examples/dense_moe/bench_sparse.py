@@ -196,7 +196,7 @@ def print_table(rows: list[dict[str, Any]], settings: Settings) -> None:
             f"{row['tokens_per_second']['dense']:,.0f}",
             *(f"{row['speedup'][arm]:.2f}" for arm in ARMS[1:]),
         )
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, width=max(100, Console().width)).print(table)  # also into a file
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Loss against active parameters: dense twin, Megatron's sparse mixture, DS-MoE, on real text.
 
-    python examples/dense_moe/compare.py            # half an hour on two cores
+    python examples/dense_moe/compare.py            # a quarter of an hour on two cores
     python examples/dense_moe/compare.py --quick    # a toy, to see every step
 
 Models of equal total parameters, trained by Megatron on the same batches; and one dense model of

@@ -177,6 +177,7 @@ def draw(settings: Settings, rows: list[dict[str, Any]], path: Path) -> None:
 def limit(left: Any, right: Any, settings: Settings, rows: list[dict[str, Any]]) -> None:
     """Leave out what is far above: losses of very few experts."""
     tuned = [loss for row in rows for loss in at(row, settings)["losses"]]
-    room = max(0.05, max(tuned) - min(tuned))
-    left.set_ylim(min(tuned) - 0.15 * room, max(tuned) + 1.2 * room)
-    right.set_ylim(-0.02, 0.3)
+    least = min(loss for row in rows for point in row["points"] for loss in point["losses"])
+    room = max(0.05, max(tuned) - least)
+    left.set_ylim(least - 0.05 * room, max(tuned) + 0.5 * room)
+    right.set_ylim(-0.02, 0.4)

@@ -228,7 +228,8 @@ def routers(settings: Settings, arm: str, model: Any, tokens: Tensor) -> list[di
     for hook in hooks:
         hook.remove()
     for own in seen:
-        found = utilization(torch.cat([scores.flatten(0, -2) for scores in own]).log())
+        scores = torch.cat([part.flatten(0, -2) for part in own])
+        found = utilization(scores.clamp_min(torch.finfo(scores.dtype).tiny).log())
         measured.append(
             {
                 "mutual_information": found.mutual_information.item(),
