@@ -83,6 +83,8 @@ def test_the_sweep(result: dict[str, Any]) -> None:
             points["top-k", experts]["losses"], abs=1e-5
         )
     assert len(dense["points"]) == 1
+    with_loss, without = (row["points"][0]["losses"] for row in result["rows"][3:5])
+    assert with_loss != without, "the MI loss did nothing"
 
 
 def test_resuming_trains_what_is_missing(folder: Path, result: dict[str, Any]) -> None:
