@@ -51,9 +51,9 @@ def heads_class(base: type) -> type:
             self.router = Router(config, feature, "attention", group)
             heads = config.num_attention_heads // group.size()
             first = group.rank() * heads
-            self.expert_of_head = [(first + h) % self.router.experts for h in range(heads)]
-            per_group = heads // self.num_query_groups_per_partition
-            self.own_experts = self.expert_of_head[:per_group]
+            expert_of_head = torch.arange(first, first + heads) % self.router.experts
+            self.register_buffer("expert_of_head", expert_of_head, persistent=False)
+            self.experts_per_group = heads // self.num_query_groups_per_partition
             self._scores: Tensor | None = None
             self._kept: Tensor | None = None
             self.linear_proj.register_forward_pre_hook(self._weigh)
@@ -87,8 +87,7 @@ def heads_class(base: type) -> type:
             """Multiply each head's output, ``[S, B, H P]``, by its expert's score."""
             heads, scores = args[0], self._scores
             assert scores is not None
-            index = torch.tensor(self.expert_of_head, device=scores.device)
-            own = scores.index_select(-1, index).unsqueeze(-1)
+            own = scores.index_select(-1, self.expert_of_head).unsqueeze(-1)
             return ((heads.unflatten(-1, (own.shape[-2], -1)) * own).flatten(-2), *args[1:])
 
         def _attend(
@@ -121,7 +120,8 @@ def heads_class(base: type) -> type:
         def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             scores = self.router(hidden_states)
             kept = self.router.keep(scores)
-            self._kept = None if kept is None else kept[..., self.own_experts]
+            own = self.expert_of_head[: self.experts_per_group]
+            self._kept = None if kept is None else kept.index_select(-1, own)
             self._scores = scores if kept is None else scores * kept
             try:
                 return super().forward(hidden_states, *args, **kwargs)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_plugins.auxiliary_loss import SCOPE
 from torch_plugins.dense_moe import Utilization
 
 KINDS = ("mlp", "attention")
@@ -56,5 +57,11 @@ METER = Meter()
 
 
 def log(original: Callable[..., Any], loss_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Wrap of ``training_log``, called on every process after every step."""
+    """Wrap of ``training_log``, called on every process after every step.
+
+    Raises:
+        RuntimeError: a router's loss is attached where no backward pass comes by.
+    """
+    SCOPE.check()
+    SCOPE.take()
     return original({**loss_dict, **METER.take()}, *args, **kwargs)
