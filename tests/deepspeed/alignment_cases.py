@@ -16,6 +16,7 @@ import torch.distributed as dist
 import trl
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from engines import leave
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trainer_cases import Pieces, model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -147,3 +148,4 @@ def main(record, folder):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave()

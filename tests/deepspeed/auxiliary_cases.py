@@ -30,7 +30,7 @@ from auxiliary_net import (
     reference,
 )
 from deepspeed.pipe import LayerSpec, PipelineModule
-from engines import WIDTH, config, parameters
+from engines import WIDTH, config, leave, parameters
 from engines import start as start_process
 from torch import nn
 
@@ -387,3 +387,4 @@ def main(record, folder):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

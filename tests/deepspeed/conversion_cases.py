@@ -15,7 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
-from engines import config, parameters
+from engines import config, leave, parameters
 from transformers import GraniteConfig, LlamaConfig, Qwen3Config
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -383,3 +383,4 @@ def main(record, folder):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave()

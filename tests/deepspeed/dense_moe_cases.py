@@ -14,7 +14,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from engines import config, parameters, start
+from engines import config, leave, parameters, start
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
@@ -337,9 +337,8 @@ def main(record, folder):
     result |= {"torch": against_torch(), "sparse": sparse_phases(folder)}
     if dist.get_rank() == 0:
         record.write_text(json.dumps(result, indent=1))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave()

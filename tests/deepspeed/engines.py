@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
+import torch.distributed as dist
 from torch import nn
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -29,6 +30,13 @@ def start() -> None:
     deepspeed.init_distributed("gloo")
     torch.optim.SGD([torch.zeros(1)])  # imports much at its first call
     gc.freeze()
+
+
+def leave() -> None:
+    """End together with the other processes: threads of gloo that are alive when Python ends can
+    abort it."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def config(stage: int = 0, micro_batches: int = 1, **sections: Any) -> dict[str, Any]:

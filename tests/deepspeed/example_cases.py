@@ -8,8 +8,8 @@ import runpy
 import sys
 from pathlib import Path
 
-import engines  # noqa: F401  prepares the process
 from accelerate.state import AcceleratorState
+from engines import leave
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FEATURES = {"together": "deepspeed", "ladder": "ladder_residual"}
@@ -20,7 +20,7 @@ FEATURES |= {"experts": "dense_moe"}
 def run(name, script, *words):
     print(f"== {name}", flush=True)
     sys.argv = [script, *map(str, words)]
-    runpy.run_path(str(EXAMPLES / "deepspeed" / script), run_name="__main__")
+    runpy.run_path(str(EXAMPLES / "deepspeed" / script))["main"]()
 
 
 def bare(text, folder, steps):
@@ -57,3 +57,4 @@ def main(text, folder, steps):
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    leave()

@@ -11,7 +11,7 @@ import tempfile
 import deepspeed
 import torch
 import torch.distributed as dist
-from engines import build, config, groups, model, parameters, rates, start, train
+from engines import build, config, groups, leave, model, parameters, rates, start, train
 
 from torch_plugins.config import ConfigError, PowerLR
 from torch_plugins.power_lr import Schedule
@@ -206,3 +206,4 @@ def main(record):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave()

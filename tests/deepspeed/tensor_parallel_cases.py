@@ -31,6 +31,7 @@ from conversion_cases import (
     stock,
 )
 from deepspeed.utils import safe_get_full_grad
+from engines import leave
 from trainer_cases import trainer
 from transformers import LlamaConfig
 
@@ -231,3 +232,4 @@ def main(record, folder):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave()

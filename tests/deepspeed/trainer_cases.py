@@ -105,4 +105,7 @@ def main(record, folder):
 
 
 if __name__ == "__main__":
+    from engines import leave
+
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave()

@@ -100,11 +100,10 @@ def test_loads_without_our_packages(make_model, tokens, tmp_path, load_without_o
     assert facts["modules"] == ["transformers_modules"]
     assert "did you mean 'layers'" in facts["error"]
     expected = model(tokens()).logits
-    torch.testing.assert_close(out["logits"], expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(out["again"], expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(
-        out["base"], model.model(tokens()).last_hidden_state, rtol=1e-6, atol=1e-6
-    )
+    close = {"rtol": 1e-5, "atol": 1e-5}  # the number of threads is another in each process
+    torch.testing.assert_close(out["logits"], expected, **close)
+    torch.testing.assert_close(out["again"], expected, **close)
+    torch.testing.assert_close(out["base"], model.model(tokens()).last_hidden_state, **close)
     generated = model.generate(tokens(), max_new_tokens=4, do_sample=False)
     assert torch.equal(out["generated"], generated)
     assert {p.name for p in (tmp_path / "work" / "again").glob("*.py")} == CODE
