@@ -33,7 +33,7 @@ from torch import Tensor
 from megatron_plugins import carry
 from megatron_plugins.carry import Carry
 from megatron_plugins.reduction import InFlight, keep_partial_sums, reduce_async
-from megatron_plugins.refusals import Refusal
+from megatron_plugins.refusals import Refusal, cuda_graphs, on
 from torch_plugins.config import ConfigError, LadderResidual
 
 PENDING = "pending MLP output"
@@ -267,33 +267,21 @@ def adjust_config(config: Any, feature: LadderResidual) -> None:
         config.variable_seq_lengths = True
 
 
-def _on(name: str, *off: Any) -> Callable[[Namespace], bool]:
-    """Whether an argument is present and set to something other than its ``off`` values."""
-    return lambda args: getattr(args, name, None) not in (None, False, 0, *off)
-
-
-def _cuda_graphs(args: Namespace) -> bool:
-    return any(
-        _on(name, "none")(args)
-        for name in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
-    )
-
-
 _BYPASS = "it runs the layers without their forward, so the residual would be the standard one"
 _UNREAD = "it computes the reduction inside the linear, where the ladder must not have one"
 
 REFUSED: tuple[Refusal, ...] = (
-    Refusal("--cuda-graph-impl", _cuda_graphs, f"a captured layer is replayed alone: {_BYPASS}"),
-    Refusal("--tp-comm-overlap", _on("tp_comm_overlap"), f"userbuffers: {_UNREAD}"),
-    Refusal("--overlap-moe-expert-parallel-comm", _on("overlap_moe_expert_parallel_comm"), _BYPASS),
+    Refusal("--cuda-graph-impl", cuda_graphs, f"a captured layer is replayed alone: {_BYPASS}"),
+    Refusal("--tp-comm-overlap", on("tp_comm_overlap"), f"userbuffers: {_UNREAD}"),
+    Refusal("--overlap-moe-expert-parallel-comm", on("overlap_moe_expert_parallel_comm"), _BYPASS),
     Refusal(
         "--mtp-num-layers",
-        _on("mtp_num_layers"),
+        on("mtp_num_layers"),
         "prediction layers are built outside the transformer block and would not be ladders",
     ),
     Refusal(
         "--enable-mhc-connections",
-        _on("enable_mhc_connections"),
+        on("enable_mhc_connections"),
         "hyper-connections replace the residual stream that the ladder reads",
     ),
     Refusal(
@@ -301,32 +289,32 @@ REFUSED: tuple[Refusal, ...] = (
         lambda args: getattr(args, "transformer_impl", None) == "inference_optimized",
         _UNREAD,
     ),
-    Refusal("--inference-fuse-tp-communication", _on("inference_fuse_tp_communication"), _UNREAD),
-    Refusal("--use-transformer-engine-op-fuser", _on("use_transformer_engine_op_fuser"), _UNREAD),
-    Refusal("--symmetric-ar-type", _on("symmetric_ar_type"), _UNREAD),
+    Refusal("--inference-fuse-tp-communication", on("inference_fuse_tp_communication"), _UNREAD),
+    Refusal("--use-transformer-engine-op-fuser", on("use_transformer_engine_op_fuser"), _UNREAD),
+    Refusal("--symmetric-ar-type", on("symmetric_ar_type"), _UNREAD),
     Refusal(
         "--heterogeneous-layers-config-path",
-        _on("heterogeneous_layers_config_path"),
+        on("heterogeneous_layers_config_path"),
         "its layers may lack an attention or an MLP, and the recurrence needs both",
     ),
     Refusal(
         "--use-megatron-fsdp",
-        _on("use_megatron_fsdp"),
+        on("use_megatron_fsdp"),
         "it frees a layer's bias before the ladder adds it",
     ),
     Refusal(
         "--use-torch-fsdp2",
-        _on("use_torch_fsdp2"),
+        on("use_torch_fsdp2"),
         "it frees a layer's bias before the ladder adds it",
     ),
     Refusal(
         "--cpu-offloading-num-layers",
-        _on("cpu_offloading_num_layers"),
+        on("cpu_offloading_num_layers"),
         "it may copy an output to the host while its reduction still runs",
     ),
     Refusal(
         "--fine-grained-activation-offloading",
-        _on("fine_grained_activation_offloading"),
+        on("fine_grained_activation_offloading"),
         "it frees the residual after the attention, and the ladder still reads it",
     ),
 )

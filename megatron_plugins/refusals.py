@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch_plugins.config import ConfigError
 
@@ -30,3 +31,16 @@ def refuse(args: Namespace, feature_flag: str, table: Iterable[Refusal]) -> None
             + "\n".join(lines)
             + f"\nDrop {feature_flag} or the other flag."
         )
+
+
+def on(name: str, *off: Any) -> Callable[[Namespace], bool]:
+    """Whether an argument is present and set to something other than its ``off`` values."""
+    return lambda args: getattr(args, name, None) not in (None, False, 0, *off)
+
+
+def cuda_graphs(args: Namespace) -> bool:
+    """Whether layers are captured, by any of the options that the versions have for it."""
+    return any(
+        on(name, "none")(args)
+        for name in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
+    )

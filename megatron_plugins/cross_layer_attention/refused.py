@@ -3,21 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
 
-from megatron_plugins.refusals import Refusal
-
-
-def _on(name: str, *off: object) -> Callable[[Namespace], bool]:
-    """Whether an argument is present and set to something other than its ``off`` values."""
-    return lambda args: getattr(args, name, None) not in (None, False, 0, *off)
-
-
-def _cuda_graphs(args: Namespace) -> bool:
-    return any(
-        _on(name, "none")(args)
-        for name in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
-    )
+from megatron_plugins.refusals import Refusal, cuda_graphs, on
 
 
 def _muon(args: Namespace) -> bool:
@@ -35,30 +22,30 @@ _FREED = "it may free a producer's keys and values while a consumer still reads 
 _GATHER = "it gathers a layer's weights by the gradient of its hidden states, not of its keys"
 
 REFUSED: tuple[Refusal, ...] = (
-    Refusal("--multi-latent-attention", _on("multi_latent_attention"), _OTHER),
-    Refusal("--experimental-attention-variant", _on("experimental_attention_variant"), _OTHER),
-    Refusal("--heterogeneous-layers-config-path", _on("heterogeneous_layers_config_path"), _OTHER),
-    Refusal("--attention-output-gate", _on("attention_output_gate"), _WIDTH),
-    Refusal("--qk-clip", _on("qk_clip"), _WIDTH),
+    Refusal("--multi-latent-attention", on("multi_latent_attention"), _OTHER),
+    Refusal("--experimental-attention-variant", on("experimental_attention_variant"), _OTHER),
+    Refusal("--heterogeneous-layers-config-path", on("heterogeneous_layers_config_path"), _OTHER),
+    Refusal("--attention-output-gate", on("attention_output_gate"), _WIDTH),
+    Refusal("--qk-clip", on("qk_clip"), _WIDTH),
     Refusal("--optimizer muon", _muon, f"{_WIDTH}; --muon-no-split-qkv takes each for one matrix"),
     Refusal(
         "--test-mode",
-        lambda args: _on("test_mode")(args) and _on("qk_layernorm")(args),
+        lambda args: on("test_mode")(args) and on("qk_layernorm")(args),
         "it compares norms of keys, and a consumer has none",
     ),
     Refusal(
         "--mtp-num-layers",
-        _on("mtp_num_layers"),
+        on("mtp_num_layers"),
         "prediction layers are built outside the transformer block and would not share",
     ),
-    Refusal("--cuda-graph-impl", _cuda_graphs, f"a captured layer is replayed alone: {_BYPASS}"),
-    Refusal("--overlap-moe-expert-parallel-comm", _on("overlap_moe_expert_parallel_comm"), _BYPASS),
-    Refusal("--cpu-offloading-num-layers", _on("cpu_offloading_num_layers"), _FREED),
+    Refusal("--cuda-graph-impl", cuda_graphs, f"a captured layer is replayed alone: {_BYPASS}"),
+    Refusal("--overlap-moe-expert-parallel-comm", on("overlap_moe_expert_parallel_comm"), _BYPASS),
+    Refusal("--cpu-offloading-num-layers", on("cpu_offloading_num_layers"), _FREED),
     Refusal(
-        "--fine-grained-activation-offloading", _on("fine_grained_activation_offloading"), _FREED
+        "--fine-grained-activation-offloading", on("fine_grained_activation_offloading"), _FREED
     ),
-    Refusal("--use-megatron-fsdp", _on("use_megatron_fsdp"), _GATHER),
-    Refusal("--use-torch-fsdp2", _on("use_torch_fsdp2"), _GATHER),
+    Refusal("--use-megatron-fsdp", on("use_megatron_fsdp"), _GATHER),
+    Refusal("--use-torch-fsdp2", on("use_torch_fsdp2"), _GATHER),
     Refusal(
         "--tp-comm-overlap",
         _userbuffers,
@@ -66,7 +53,7 @@ REFUSED: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--flash-decode",
-        _on("flash_decode"),
+        on("flash_decode"),
         "its kernel rotates and writes keys in every layer; the other engines share the cache",
     ),
     Refusal(

@@ -5,12 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 
-from megatron_plugins.refusals import Refusal
-
-
-def _on(name: str, *off: object) -> Callable[[Namespace], bool]:
-    """Whether an argument is present and set to something other than its ``off`` values."""
-    return lambda args: getattr(args, name, None) not in (None, False, 0, *off)
+from megatron_plugins.refusals import Refusal, cuda_graphs, on
 
 
 def _mlp(when: Callable[[Namespace], bool]) -> Callable[[Namespace], bool]:
@@ -19,13 +14,6 @@ def _mlp(when: Callable[[Namespace], bool]) -> Callable[[Namespace], bool]:
 
 def _heads(when: Callable[[Namespace], bool]) -> Callable[[Namespace], bool]:
     return lambda args: bool(args.dsmoe_attention_experts) and when(args)
-
-
-def _cuda_graphs(args: Namespace) -> bool:
-    return any(
-        _on(name, "none")(args)
-        for name in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
-    )
 
 
 _OTHER = "its layers do not attend with a SelfAttention, whose heads can be experts"
@@ -40,30 +28,30 @@ REFUSED: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--num-experts",
-        _mlp(_on("num_experts")),
+        _mlp(on("num_experts")),
         "the MLP is a stock mixture of experts already, with a dispatcher",
     ),
-    Refusal("--multi-latent-attention", _heads(_on("multi_latent_attention")), _OTHER),
+    Refusal("--multi-latent-attention", _heads(on("multi_latent_attention")), _OTHER),
     Refusal(
-        "--experimental-attention-variant", _heads(_on("experimental_attention_variant")), _OTHER
+        "--experimental-attention-variant", _heads(on("experimental_attention_variant")), _OTHER
     ),
-    Refusal("--heterogeneous-layers-config-path", _on("heterogeneous_layers_config_path"), _WIDTH),
+    Refusal("--heterogeneous-layers-config-path", on("heterogeneous_layers_config_path"), _WIDTH),
     Refusal(
-        "--use-transformer-engine-op-fuser", _mlp(_on("use_transformer_engine_op_fuser")), _FUSED
+        "--use-transformer-engine-op-fuser", _mlp(on("use_transformer_engine_op_fuser")), _FUSED
     ),
     Refusal(
         "--transformer-impl inference_optimized",
         lambda args: getattr(args, "transformer_impl", None) == "inference_optimized",
         _FUSED,
     ),
-    Refusal("--inference-fuse-tp-communication", _on("inference_fuse_tp_communication"), _FUSED),
+    Refusal("--inference-fuse-tp-communication", on("inference_fuse_tp_communication"), _FUSED),
     Refusal(
         "--squared-relu",
-        _mlp(_on("squared_relu")),
+        _mlp(on("squared_relu")),
         "experts are GELU, or SwiGLU with --dsmoe-gated",
     ),
     Refusal(
-        "--quick-geglu", _mlp(_on("quick_geglu")), "experts are GELU, or SwiGLU with --dsmoe-gated"
+        "--quick-geglu", _mlp(on("quick_geglu")), "experts are GELU, or SwiGLU with --dsmoe-gated"
     ),
     Refusal(
         "--context-parallel-size",
@@ -72,20 +60,20 @@ REFUSED: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--mtp-num-layers",
-        _on("mtp_num_layers"),
+        on("mtp_num_layers"),
         "prediction layers are built outside the transformer block and would have no experts",
     ),
     Refusal(
         "--cuda-graph-impl",
-        _cuda_graphs,
+        cuda_graphs,
         "the loss of the routers and their statistics are counted outside the graph",
     ),
-    Refusal("--overlap-moe-expert-parallel-comm", _on("overlap_moe_expert_parallel_comm"), _FUSED),
-    Refusal("--use-megatron-fsdp", _on("use_megatron_fsdp"), "not tested: it shards the routers"),
-    Refusal("--use-torch-fsdp2", _on("use_torch_fsdp2"), "not tested: it shards the routers"),
+    Refusal("--overlap-moe-expert-parallel-comm", on("overlap_moe_expert_parallel_comm"), _FUSED),
+    Refusal("--use-megatron-fsdp", on("use_megatron_fsdp"), "not tested: it shards the routers"),
+    Refusal("--use-torch-fsdp2", on("use_torch_fsdp2"), "not tested: it shards the routers"),
     Refusal(
         "--fp8-format",
-        lambda args: _mlp(_on("fp8"))(args) and args.dsmoe_inference != "dense",
+        lambda args: _mlp(on("fp8"))(args) and args.dsmoe_inference != "dense",
         "sparse inference reads the weights as they are; use --dsmoe-inference dense",
     ),
 )

@@ -36,7 +36,7 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.feature, self.kind, self.group = config, feature, kind, group
         attention = kind == "attention"
-        self.experts: int = feature.attention_experts if attention else feature.num_experts  # type: ignore[assignment]
+        self.experts = (feature.attention_experts if attention else feature.num_experts) or 0
         self.kept = feature.kept(attention)
         width = feature.router_hidden_size if feature.router == "mlp" else config.hidden_size
         self.weight = self._parameter(self.experts, width)
