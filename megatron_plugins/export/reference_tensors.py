@@ -103,8 +103,9 @@ class ReferenceTensors(Mapping[str, Tensor]):
         each = [stack[i] for i in range(self.experts)]
         if projection == "down_proj":
             return torch.cat(each, dim=1)
-        each_part = [self._mlp_in(one, projection) for one in each]
-        return None if each_part[0] is None else torch.cat(each_part)  # type: ignore[arg-type]
+        parts = [self._mlp_in(one, projection) for one in each]
+        found = [part for part in parts if part is not None]
+        return torch.cat(found) if found else None
 
     def _mlp_in(self, tensor: Tensor | None, projection: str) -> Tensor | None:
         if tensor is None or not self.args.swiglu:
