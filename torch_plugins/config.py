@@ -22,9 +22,11 @@ from typing import Any, ClassVar
 
 from .dense_moe_config import DenseMoE
 from .feature import ConfigError, Feature, did_you_mean, option
+from .w4a4_config import W4A4
 
 __all__ = [
     "FEATURES",
+    "W4A4",
     "ConfigError",
     "DenseMoE",
     "Feature",
@@ -318,6 +320,7 @@ FEATURES: tuple[type[Feature], ...] = (
     LadderResidual,
     DenseMoE,
     CrossLayerAttention,
+    W4A4,
     PowerLR,
     PowerMup,
 )
