@@ -43,16 +43,22 @@ class Quantized(NamedTuple):
         return self.codes_OI * _spread(self.scales_OG, self.codes_OI.shape[1])
 
 
-def round_to_nearest(weight_OI: Tensor, bits: int = 4, group_size: int = -1) -> Quantized:
+def round_to_nearest(
+    weight_OI: Tensor,
+    bits: int = 4,
+    group_size: int = -1,
+    scale_dtype: torch.dtype | None = None,
+) -> Quantized:
     """Every weight by itself.
 
     Args:
         group_size: columns with one scale; -1: a whole row.
+        scale_dtype: what scales will be stored in; they are rounded to it before codes are chosen.
 
     Raises:
-        ConfigError: it does not divide the columns.
+        ConfigError: the group size does not divide the columns.
     """
-    scales = _scales(_wide(weight_OI), bits, _size(weight_OI, group_size))
+    scales = _scales(_wide(weight_OI), bits, _size(weight_OI, group_size), scale_dtype)
     return Quantized(_codes(weight_OI, _spread(scales, weight_OI.shape[1]), bits), scales)
 
 
@@ -63,6 +69,7 @@ def gptq(
     group_size: int = -1,
     damping: float = 0.01,
     act_order: bool = False,
+    scale_dtype: torch.dtype | None = None,
 ) -> Quantized:
     """Columns in turn, each error moved to those behind it.
 
@@ -73,6 +80,7 @@ def gptq(
         damping: share of the mean of H's diagonal that is added to it.
         act_order: take columns by falling diagonal of H. The groups stay those of the weight as it
             is, and their scales are taken before the first column.
+        scale_dtype: as in :func:`round_to_nearest`.
 
     Raises:
         ConfigError: the group size does not divide the columns.
@@ -84,7 +92,7 @@ def gptq(
     hessian.diagonal()[unused] = 1
     weight[:, unused] = 0
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
-    scales = _scales(weight, bits, size)
+    scales = _scales(weight, bits, size, scale_dtype)
     order = torch.arange(columns, device=weight.device)
     if act_order:
         order = hessian.diagonal().argsort(descending=True)
@@ -97,7 +105,8 @@ def gptq(
     for first in range(0, columns, step):
         end = min(first + step, columns)
         if not act_order and first % size == 0:
-            scales[:, first // size] = _scales(weight[:, first : first + size], bits, size)[:, 0]
+            group = weight[:, first : first + size]
+            scales[:, first // size] = _scales(group, bits, size, scale_dtype)[:, 0]
         groups = order[first:end] // size
         block, factor = weight[:, first:end], upper[first:end, first:end]
         codes[:, first:end], errors = _block(block, scales[:, groups], factor, bits)
@@ -131,9 +140,11 @@ def _wide(weight: Tensor) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _scales(weight: Tensor, bits: int, size: int) -> Tensor:
-    """``[O, G]``; of a group of zeros 1."""
+def _scales(weight: Tensor, bits: int, size: int, dtype: torch.dtype | None) -> Tensor:
+    """``[O, G]``, rounded to ``dtype``; of a group of zeros 1."""
     scales = weight.unflatten(1, (-1, size)).abs().amax(-1) * 2 / (2**bits - 1)
+    if dtype is not None:
+        scales = scales.to(dtype).to(weight.dtype)
     return torch.where(scales == 0, 1, scales)
 
 

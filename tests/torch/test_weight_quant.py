@@ -119,3 +119,15 @@ def test_groups_that_do_not_fit(size):
     for quantize in (round_to_nearest, lambda w, **kw: gptq(w, inputs.T @ inputs, **kw)):
         with pytest.raises(ConfigError, match=f"group_size {size}: must divide the 24 columns"):
             quantize(weight, group_size=size)
+
+
+@pytest.mark.parametrize("size", [-1, 8])
+def test_codes_are_those_of_the_scales_that_are_stored(size):
+    weight, inputs = calibration()
+    coarse = round_to_nearest(weight, group_size=size, scale_dtype=torch.bfloat16)
+    assert torch.equal(coarse.scales_OG, coarse.scales_OG.bfloat16().double())
+    assert not torch.equal(coarse.scales_OG, round_to_nearest(weight, group_size=size).scales_OG)
+    spread = coarse.scales_OG.repeat_interleave(COLUMNS // coarse.scales_OG.shape[1], 1)
+    assert torch.equal(coarse.codes_OI.double(), quantized(weight, spread))
+    found = gptq(weight, inputs.T @ inputs, group_size=size, scale_dtype=torch.bfloat16)
+    assert torch.equal(found.scales_OG, found.scales_OG.bfloat16().double())
