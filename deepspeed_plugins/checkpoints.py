@@ -1,5 +1,6 @@
-"""The decoder's configuration travels in DeepSpeed's checkpoints: weights of one function must not
-run as another in silence, and an export needs to know what they are weights of."""
+"""The decoder's configuration and W4A4's mark travel in DeepSpeed's checkpoints: weights of one
+function must not run as another in silence, and an export needs to know what they are weights of.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from deepspeed_plugins import w4a4_checkpoints
 from deepspeed_plugins.features import SECTION
 from deepspeed_plugins.host import print_rank_0
 from torch_plugins.config import FEATURES, ConfigError, Feature
@@ -17,11 +19,16 @@ RECORD = "plugin_decoder"
 
 
 def save(original: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wrap of ``DeepSpeedEngine.save_checkpoint``: adds the configuration of a decoder."""
+    """Wrap of ``DeepSpeedEngine.save_checkpoint``: adds the configuration of a decoder, and W4A4's
+    mark."""
     call = inspect.signature(original).bind(engine, *args, **kwargs)
-    record = config_of(engine.module)
-    if record is not None:
-        call.arguments["client_state"] = {**call.arguments.get("client_state", {}), RECORD: record}
+    records = {
+        RECORD: config_of(engine.module),
+        w4a4_checkpoints.RECORD: w4a4_checkpoints.record_of(engine.module),
+    }
+    records = {key: record for key, record in records.items() if record is not None}
+    if records:
+        call.arguments["client_state"] = {**call.arguments.get("client_state", {}), **records}
     return original(*call.args, **call.kwargs)
 
 
@@ -29,11 +36,11 @@ def load(original: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) -
     """Wrap of ``DeepSpeedEngine.load_checkpoint``: compares it, and keeps it from the script.
 
     Raises:
-        ConfigError: see :func:`compare`.
+        ConfigError: see :func:`compare`, and :mod:`deepspeed_plugins.w4a4_checkpoints`.
     """
     call = inspect.signature(original).bind(engine, *args, **kwargs)
     folder = str(call.arguments["load_dir"])
-    result = original(*call.args, **call.kwargs)
+    result = w4a4_checkpoints.load(original, engine, call)
     if isinstance(result[1], dict):  # else there was no checkpoint
         saved = result[1].pop(RECORD, None)
         compare(saved, engine.module, folder, bool(call.arguments.get("load_module_only")))

@@ -4,12 +4,17 @@ A feature's section stands under ``"deepspeed_plugins"``, named like its key::
 
     "deepspeed_plugins": {"my_feature": {"field": "value"}}
 
+W4A4's may stand under ``"compression_training"`` instead, which a DeepSpeed without the plugins
+refuses (0.19.7 and later) in place of ignoring it.
+
 An adapter is the module ``deepspeed_plugins/<key>.py``; that it exists makes the feature available.
 It may define
 
 - ``of_model(settings, engine_arguments)``: the settings, with what the model decides filled in;
 - ``from_config(config)``: the settings, or None while off, where they do not stand in the section;
 - ``validate(settings, engine_arguments)``: raise before the engine builds anything;
+- ``convert(settings, engine_arguments)``: change the model, once it is the decoder where it is to
+  become it, and let optimizer and parameters follow;
 - ``finish(settings, engine)``: change the engine once it is built;
 - ``describe(settings, engine)``: its line at the start of a run, after checking that it is active.
 """
@@ -24,6 +29,7 @@ from typing import Any
 
 from torch_plugins.config import (
     FEATURES,
+    W4A4,
     ConfigError,
     CrossLayerAttention,
     DenseMoE,
@@ -32,6 +38,8 @@ from torch_plugins.config import (
 )
 
 SECTION = "deepspeed_plugins"
+ALIAS = "compression_training"
+"""DeepSpeed's key for what its compression library did until 0.19.6; ours for W4A4."""
 APPLY_TO, KV_INIT, EXPERT_INIT = "apply_to", "kv_init", "expert_init"
 CHOICES = {
     APPLY_TO: ("trained", "all"),
@@ -66,6 +74,7 @@ def features_of(config: Mapping[str, Any]) -> dict[str, Any]:
     section = config.get(SECTION, {})
     if not isinstance(section, Mapping):
         raise ConfigError(f"{SECTION} {section!r}: must be an object, one key per feature")
+    section = _with_alias(section, config.get(ALIAS))
     _refuse_auto(section)
     for key in CHOICES:
         choice(config, key)
@@ -90,6 +99,36 @@ def features_of(config: Mapping[str, Any]) -> dict[str, Any]:
         if settings is not None:
             found[key] = settings
     return found
+
+
+def is_alias(section: Any) -> bool:
+    """Whether a ``compression_training`` is W4A4's and nothing else."""
+    return isinstance(section, Mapping) and section.keys() == {W4A4.key()}
+
+
+def pass_alias(original: Any, param_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Wrap of what DeepSpeed makes of ``compression_training``: it does not see ours."""
+    if is_alias(param_dict.get(ALIAS)):
+        param_dict = {key: value for key, value in param_dict.items() if key != ALIAS}
+    return original(param_dict, *args, **kwargs)
+
+
+def _with_alias(section: Mapping[str, Any], other: Any) -> Mapping[str, Any]:
+    """The section, with what stands under :data:`ALIAS`.
+
+    Raises:
+        ConfigError: W4A4 stands in both, or together with settings of DeepSpeed's.
+    """
+    key = W4A4.key()
+    if not isinstance(other, Mapping) or key not in other:
+        return section
+    if not is_alias(other):
+        raise ConfigError(
+            f"{ALIAS}: {key} goes alone there; drop {', '.join(sorted(other.keys() - {key}))}"
+        )
+    if key in section:
+        raise ConfigError(f"{ALIAS}.{key} and {SECTION}.{key}: give one of them")
+    return {**section, key: other[key]}
 
 
 def choice(config: Mapping[str, Any], key: str) -> str:

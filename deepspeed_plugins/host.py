@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from deepspeed_plugins import auxiliary_loss, dense_moe
+from deepspeed_plugins import auxiliary_loss, dense_moe, w4a4
 from deepspeed_plugins.conversion import convert_model
 from deepspeed_plugins.features import adapter, available, features_of
 from deepspeed_plugins.seams.requirements import require
@@ -41,7 +41,9 @@ def build_engine(original: Callable[..., Any], engine: Any, *args: Any, **kwargs
             features[key] = of_model(features[key], call.arguments)
     _tell("validate", features, call.arguments)
     dense_moe.check(features, call.arguments)
+    w4a4.check(features, call.arguments)
     convert_model(features, call.arguments)
+    _tell("convert", features, call.arguments)
     auxiliary_loss.check(call.arguments)
     dense_moe.gather_together(call.arguments)
     original(*call.args, **call.kwargs)

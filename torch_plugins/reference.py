@@ -2,7 +2,8 @@
 
 Written from the formulas alone, independent of ``torch_plugins/hf`` and of transformers, with no
 cache and no fused op, in the precision of the tensors it is given (fp64 for tests). It reads the
-tensors and the ``config.json`` of a ``plugin_decoder``, ``llama`` or ``granite`` folder.
+tensors and the ``config.json`` of a ``plugin_decoder``, ``llama`` or ``granite`` folder, and W4A4's
+clips of such a one.
 
 Shapes: B batch, S tokens, H heads, P head dimension, R rotated part of P.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import ConfigError, CrossLayerAttention, DenseMoE, LadderResidual
+from .config import W4A4, ConfigError, CrossLayerAttention, DenseMoE, LadderResidual
 
 Tensors = Mapping[str, Tensor]
 Config = Mapping[str, Any]
@@ -41,8 +42,10 @@ def logits(tensors: Tensors, config: Config, input_ids: Tensor) -> Tensor:
         ``[B, S, vocab]`` in the dtype of the tensors.
 
     Raises:
-        ConfigError: an activation, normalization, position embedding or RoPE type not known here.
+        ConfigError: an activation, normalization, position embedding, RoPE type or quantization
+            not known here.
     """
+    check_quantization(tensors, config)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     ladder, producers = ladder_layers(config), kv_producers(config)
     kv: dict[int, tuple[Heads, Heads]] = {}
@@ -90,9 +93,71 @@ def embed(tensors: Tensors, config: Config, input_ids: Tensor, positions: Tensor
     return x * config.get("embedding_multiplier", 1.0)
 
 
-def dense(tensors: Tensors, name: str, x: Tensor) -> Tensor:
-    y = x @ tensors[f"{name}.weight"].T
+def dense(tensors: Tensors, config: Config, name: str, x: Tensor) -> Tensor:
+    weight = tensors[f"{name}.weight"]
+    if name in quantized_layers(config):
+        feature = W4A4.from_dict(config["quantization_config"]["feature"])
+        x = quantized_input(tensors, name, x, feature)
+        weight = quantized_weight(weight, feature)
+    y = x @ weight.T
     return y + tensors[f"{name}.bias"] if f"{name}.bias" in tensors else y
+
+
+def quantized_layers(config: Config) -> list[str]:
+    section = config.get("quantization_config") or {}
+    return section["modules"] if section.get("quant_method") == "torch_plugins_w4a4" else []
+
+
+def check_quantization(tensors: Tensors, config: Config) -> None:
+    """Refuse what :func:`dense` would leave out."""
+    section, names = config.get("quantization_config"), quantized_layers(config)
+    if section and not names:
+        raise ConfigError(f"quantization_config {section}: unknown to the reference")
+    for tensor in tensors:
+        layer = tensor.partition(".input_quantizer.")[0]
+        if layer != tensor and layer not in names:
+            raise ConfigError(f"{tensor}: quantization_config.modules does not name its layer")
+    if not names:
+        return
+    feature = W4A4.from_dict(config["quantization_config"]["feature"])
+    if feature.grid != "int4":
+        raise ConfigError(f"w4a4.grid {feature.grid!r} is unknown to the reference")
+    if config.get("dense_moe") is not None:
+        raise ConfigError("w4a4 with dense_moe is unknown to the reference")
+
+
+def quantized_input(tensors: Tensors, name: str, x: Tensor, feature: W4A4) -> Tensor:
+    """With clips ``c- < c+``: the nearest of ``2 ** b`` levels from c- to c+, b bits
+    (arXiv 2404.03605, section 4). A symmetric quantizer with the clip c has the levels
+    ``k 2 c / (2 ** b - 1)``, k from ``-2 ** (b - 1)`` to ``2 ** (b - 1) - 1``."""
+    bits = feature.activation_bits
+    if not bits:
+        return x
+    if feature.granularity == "token":
+        return symmetric_levels(x, bits, x.abs().amax(-1, keepdim=True))
+    high = tensors[f"{name}.input_quantizer.clip_high"]
+    if feature.symmetric:
+        return symmetric_levels(x, bits, high)
+    low = tensors[f"{name}.input_quantizer.clip_low"]
+    step = (high - low) / (2**bits - 1)
+    return low + step * torch.round((torch.maximum(torch.minimum(x, high), low) - low) / step)
+
+
+def quantized_weight(weight: Tensor, feature: W4A4) -> Tensor:
+    """Each group of a row with a scale of its own."""
+    if not feature.weight_bits:
+        return weight
+    size = feature.weight_group_size
+    groups = weight.split(weight.shape[1] if size == -1 else size, dim=1)
+    bits = feature.weight_bits
+    levels = [symmetric_levels(g, bits, g.abs().amax(-1, keepdim=True)) for g in groups]
+    return torch.cat(levels, dim=1)
+
+
+def symmetric_levels(x: Tensor, bits: int, largest: Tensor) -> Tensor:
+    step = 2 * largest / (2**bits - 1)
+    codes = torch.round(x / torch.where(step == 0, 1, step))
+    return step * codes.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def norm(tensors: Tensors, config: Config, name: str, x: Tensor) -> Tensor:
@@ -111,7 +176,7 @@ def heads_of(
 ) -> Heads:
     """Queries or keys (``name`` is ``q`` or ``k``), normalized if so configured, and rotated; or
     values ``v``."""
-    y = dense(tensors, f"{layer}.self_attn.{name}_proj", x)
+    y = dense(tensors, config, f"{layer}.self_attn.{name}_proj", x)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     heads = list(y.split(head_dim, dim=-1))
     if f"{layer}.self_attn.{name}_norm.weight" in tensors:
@@ -154,7 +219,7 @@ def attention(
         gates = expert_scores(tensors, config, f"{layer}.self_attn", x)
         count = gates.shape[-1]
         outputs = [gates[..., [h % count]] * output for h, output in enumerate(outputs)]
-    return dense(tensors, f"{layer}.self_attn.o_proj", torch.cat(outputs, dim=-1))
+    return dense(tensors, config, f"{layer}.self_attn.o_proj", torch.cat(outputs, dim=-1))
 
 
 def rotate(config: Config, x: Tensor, positions: Tensor) -> Tensor:
@@ -199,12 +264,12 @@ def mlp(tensors: Tensors, config: Config, layer: str, x: Tensor) -> Tensor:
     x = norm(tensors, config, f"{layer}.post_attention_layernorm", x)
     if f"{layer}.mlp.router.weight" in tensors:
         return experts(tensors, config, f"{layer}.mlp", x, ACTIVATIONS[name])
-    up = dense(tensors, f"{layer}.mlp.up_proj", x)
+    up = dense(tensors, config, f"{layer}.mlp.up_proj", x)
     if f"{layer}.mlp.gate_proj.weight" in tensors:
-        inner = ACTIVATIONS[name](dense(tensors, f"{layer}.mlp.gate_proj", x)) * up
+        inner = ACTIVATIONS[name](dense(tensors, config, f"{layer}.mlp.gate_proj", x)) * up
     else:
         inner = ACTIVATIONS[name](up)
-    return dense(tensors, f"{layer}.mlp.down_proj", inner)
+    return dense(tensors, config, f"{layer}.mlp.down_proj", inner)
 
 
 def experts(
@@ -229,10 +294,10 @@ def expert_scores(tensors: Tensors, config: Config, name: str, x: Tensor) -> Ten
     """Softmax of a router, 0 where the configuration's choice for inference leaves an expert out:
     ``[B, S, N]``."""
     if f"{name}.router.hidden.weight" in tensors:
-        hidden = dense(tensors, f"{name}.router.hidden", x)
+        hidden = dense(tensors, config, f"{name}.router.hidden", x)
         scores = torch.softmax(ACTIVATIONS["gelu"](hidden) @ tensors[f"{name}.router.weight"].T, -1)
     else:
-        scores = torch.softmax(dense(tensors, f"{name}.router", x), -1)
+        scores = torch.softmax(dense(tensors, config, f"{name}.router", x), -1)
     section = DenseMoE.from_dict(config["dense_moe"])
     attention = name.endswith("self_attn")
     rule = section.attention_inference if attention else section.inference

@@ -33,10 +33,8 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, tag: str | None = None) -> None:
-        self.folder = _find(folder, tag)
-        models = sorted(self.folder.glob("*_model_states.pt"))
-        if not models:
-            raise ConfigError(f"{self.folder}: no *_model_states.pt of DeepSpeed in it")
+        models = model_files(folder, tag)
+        self.folder = models[0].parent
         self.optimizers = sorted(self.folder.glob("*_optim_states.pt"))
         self._states = [read(model) for model in models]
         for file in self.optimizers:
@@ -145,6 +143,19 @@ class Weights:
     def meta(self, name: str) -> Tensor:
         """The tensor without memory."""
         return self._expected[name].to(self._dtype)
+
+
+def model_files(folder: Path, tag: str | None) -> list[Path]:
+    """Those of the newest or named checkpoint in ``folder``, or of ``folder`` itself.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = _find(folder, tag)
+    models = sorted(found.glob("*_model_states.pt"))
+    if not models:
+        raise ConfigError(f"{found}: no *_model_states.pt of DeepSpeed in it")
+    return models
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -114,6 +114,28 @@ HOOKS: tuple[Symbol, ...] = (
         why="stages without a loss have none to measure",
         handler="deepspeed_plugins.auxiliary_scale:train_batch",
     ),
+    _Symbol(
+        id="ds-compression-key",
+        targets=(
+            "deepspeed.runtime.config:_reject_removed_config_keys",
+            "deepspeed.runtime.config:get_compression_config",
+        ),
+        feature="w4a4",
+        why="compression_training with W4A4 alone is ours; DeepSpeed refuses it, or before 0.19.7 "
+        "reads it for its compression library",
+        remove_when="DeepSpeed refuses other sections that nobody reads",
+        handler="deepspeed_plugins.features:pass_alias",
+        relies_on=("param_dict",),
+    ),
+    _Symbol(
+        id="ds-w4a4-step",
+        targets=("deepspeed.runtime.engine:DeepSpeedEngine._take_model_step",),
+        feature="w4a4",
+        why="quantizers follow the steps, and clips are set and given their rate before one",
+        remove_when="engines call back around their steps",
+        handler="deepspeed_plugins.w4a4_steps:step",
+        relies_on=("global_steps", "self.optimizer.step()"),
+    ),
     _AuxiliarySymbol(
         id="ds-aux-step",
         targets=("deepspeed.runtime.engine:DeepSpeedEngine._take_model_step",),
@@ -187,6 +209,29 @@ USED: tuple[Symbol, ...] = (
         feature="ladder_residual",
         why="whether AutoTP has sharded the engine's model, by the decoder's base_model_tp_plan",
         remove_when="never",
+    ),
+    *(
+        _Symbol(
+            id=f"ds-{name}",
+            targets=(f"deepspeed.utils.tensor_fragment:{name}",),
+            feature="w4a4",
+            why="writes a clip into the fp32 copy of the optimizer",
+            remove_when="never",
+        )
+        for name in ("safe_set_full_fp32_param", "safe_set_local_fp32_param")
+    ),
+    *(
+        _Symbol(
+            id=f"ds-{name}",
+            targets=(f"deepspeed.runtime.fp16.{name}:{optimizer}",),
+            feature="w4a4",
+            why="as safe_set_full_fp32_param, which does nothing for 16 bits without ZeRO",
+            remove_when="safe_set_full_fp32_param does",
+        )
+        for name, optimizer in (
+            ("fused_optimizer", "FP16_Optimizer"),
+            ("unfused_optimizer", "FP16_UnfusedOptimizer"),
+        )
     ),
     _Symbol(
         id="ds-zero",

@@ -2,7 +2,7 @@
 
 ``python -m torch_plugins.export.folder_model FOLDER IDS.pt LOGITS.pt [all-experts]`` runs the code
 that the folder carries: in a process that knows our package, transformers would take the package's
-instead.
+instead. Of W4A4, whose folders carry no code, it is the package's in any case.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..config import W4A4
+from ..seams import huggingface, patch
 
 
 def logits(folder: Path, input_ids: Tensor, all_experts: bool = False) -> Tensor:
@@ -27,6 +30,7 @@ def logits(folder: Path, input_ids: Tensor, all_experts: bool = False) -> Tensor
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    patch.arm(symbol for symbol in huggingface.HOOKS if symbol.feature == W4A4.key())
     standing: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
     config = AutoConfig.from_pretrained(folder, **standing)
     if all_experts:

@@ -25,6 +25,7 @@ SOURCES = (
     "../dense_moe_config.py",
     "../feature.py",
     "../ladder_residual.py",
+    "../w4a4_config.py",
     "attention.py",
     "configuration_plugin_decoder.py",
     "experts.py",

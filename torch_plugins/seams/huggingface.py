@@ -1,5 +1,5 @@
-"""Every symbol of transformers and accelerate that is hooked: Power LR in their Trainer, and the
-decoder in their Auto classes.
+"""Every symbol of transformers and accelerate that is hooked: Power LR in their Trainer, the
+decoder in their Auto classes, and W4A4 among their quantizers.
 
 Data only, standard library only; laid out as the ledgers of the other hosts.
 """
@@ -48,6 +48,24 @@ HOOKS: tuple[Symbol, ...] = (
         why="registers the decoder with the Auto classes when its model_type is first asked for",
         remove_when="transformers finds model types of installed packages",
         handler="torch_plugins.seams.doors:knows_model_type",
+    ),
+    _Symbol(
+        id="hf-quant-method",
+        targets=("transformers.quantizers.auto:AutoHfQuantizer.supports_quant_method",),
+        feature="w4a4",
+        why="registers the quantizer when a folder has its marker, which stops transformers else",
+        remove_when="transformers refuses a quant_method that it does not know",
+        handler="torch_plugins.seams.doors:reads_quantization",
+        relies_on=("load_in_4bit", "AUTO_QUANTIZATION_CONFIG_MAPPING"),
+    ),
+    _Symbol(
+        id="hf-quant-config",
+        targets=("transformers.quantizers.auto:AutoQuantizationConfig.from_dict",),
+        feature="w4a4",
+        why="as hf-quant-method",
+        remove_when="as hf-quant-method",
+        handler="torch_plugins.seams.doors:reads_quantization",
+        relies_on=("load_in_4bit", "AUTO_QUANTIZATION_CONFIG_MAPPING"),
     ),
 )
 

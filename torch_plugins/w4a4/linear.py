@@ -7,6 +7,7 @@ Shapes: O outputs, I inputs.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..feature import ConfigError
 from ..ops.dynamic_quant import fake_quant_fp4, fake_quant_rows
 from ..ops.kurtosis import kurtosis
 from ..w4a4_config import W4A4
+from .marker import mark
 from .quantizer import InputQuantizer, check_blocks
 
 HEADS = ("lm_head", "embed_out", "output_layer", "score", "classifier", "router", "gate")
@@ -80,10 +82,12 @@ class _QuantizedLinear(torch.autograd.Function):
         (g,) = gradients
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        dx = g @ fake_quant_weight(weight.detach(), ctx.feature) if need_x else None
+        # Under autocast g is narrower than both.
+        wide = fake_quant_weight(weight.detach(), ctx.feature).to(g.dtype) if need_x else None
+        dx = (g @ wide).to(x.dtype) if wide is not None else None
         rows = g.flatten(0, -2)
-        dw = rows.T @ x.flatten(0, -2) if need_weight else None
-        return dx, dw, rows.sum(0) if ctx.has_bias and need_bias else None, None
+        dw = (rows.T @ x.flatten(0, -2).to(g.dtype)).to(weight.dtype) if need_weight else None
+        return dx, dw, rows.sum(0).to(weight.dtype) if ctx.has_bias and need_bias else None, None
 
 
 def targets(model: nn.Module, feature: W4A4) -> dict[str, nn.Linear]:
@@ -111,19 +115,23 @@ def targets(model: nn.Module, feature: W4A4) -> dict[str, nn.Linear]:
 def swap(model: nn.Module, feature: W4A4, names: Iterable[str] | None = None) -> list[str]:
     """Make linear layers of a model :class:`FakeQuantLinear`, in place; their weights stay.
 
+    A model of transformers writes it into its ``config.json`` from then on; see ``marker.py``.
+
     Args:
         names: of the layers; by default those that ``feature.modules`` selects.
 
     Returns:
-        Their names. Those that are one already are left as they are.
+        Their names. Those that are one already keep their clips, and take what else the feature
+        says.
 
     Raises:
-        ConfigError: nothing is selected, a layer is not a plain ``nn.Linear``, or its features are
-            no whole blocks; nothing was changed then.
+        ConfigError: nothing is selected, a layer is not a plain ``nn.Linear``, its features are no
+            whole blocks, or it quantizes in another way already; nothing was changed then.
     """
     chosen = targets(model, feature)
     if names is not None:
         chosen = {name: module for name, module in chosen.items() if name in set(names)}
+    _check_present(model, chosen, feature)
     for name, module in chosen.items():
         if type(module) not in (nn.Linear, FakeQuantLinear):
             raise ConfigError(
@@ -131,19 +139,50 @@ def swap(model: nn.Module, feature: W4A4, names: Iterable[str] | None = None) ->
                 f"plain nn.Linear; exclude it with '!{name}'"
             )
         check_blocks(feature, module.in_features, name)
+    mark(model, feature, chosen)
     for name, module in chosen.items():
-        if type(module) is nn.Linear:
-            _become(module, feature, name.rpartition(".")[2])
+        _become(module, feature, name.rpartition(".")[2])
     return list(chosen)
 
 
+def fake_quant_linears(model: nn.Module) -> dict[str, FakeQuantLinear]:
+    """The linear layers of a model that have W4A4, by name."""
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, FakeQuantLinear)}
+
+
+def same_function(one: W4A4, other: W4A4) -> bool:
+    """Whether a layer of both computes the same; which layers have it is not compared."""
+    return replace(one, modules="*").function(0) == replace(other, modules="*").function(0)
+
+
+def _check_present(model: nn.Module, chosen: Iterable[str], feature: W4A4) -> None:
+    present = fake_quant_linears(model)
+    if left := sorted(present.keys() - set(chosen)):
+        raise ConfigError(
+            f"{feature.spelled('modules')} {feature.modules!r}: leaves out {left[0]}, which has "
+            "W4A4 already; select it too"
+        )
+    for name, module in present.items():
+        if not same_function(module.feature, feature):
+            raise ConfigError(
+                f"{feature.key()}: {name} has {module.feature.to_dict()} already and cannot be "
+                f"given {feature.to_dict()}; give the same bits, granularity and grid"
+            )
+
+
 def _become(module: Any, feature: W4A4, kind: str) -> None:
-    module.__class__ = FakeQuantLinear
-    module.feature = feature
     weight = module.weight
-    module.input_quantizer = (
-        InputQuantizer(feature, weight.dtype, weight.device) if feature.activation_bits else None
-    )
+    if not isinstance(module, FakeQuantLinear):
+        module.__class__ = FakeQuantLinear
+        module.input_quantizer = (
+            InputQuantizer(feature, weight.dtype, weight.device)
+            if feature.activation_bits
+            else None
+        )
+    elif module.input_quantizer is not None:
+        module.input_quantizer.feature = feature
+    module.feature = feature
     module.kurtosis_loss = (
         AuxiliaryLoss(f"kurtosis_{kind}", feature.kurtosis_weight)
         if feature.kurtosis_weight
