@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_plugins.arguments import features_of, set_features
 from megatron_plugins.features import adapter
-from torch_plugins.config import ConfigError
+from torch_plugins.config import W4A4, ConfigError
 
 
 def restore(original: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
@@ -42,7 +43,18 @@ def compare(
     only, before those of this run are known.
 
     A feature that changes the tensors makes the load itself fail: the reason is told in its place.
+    Clips that the checkpoint does not have stay as they are.
     """
+    clips: Any = {}
+    if not rank0 and W4A4.key() in features_of(args) and kwargs.get("sharded_state_dict"):
+        from megatron_plugins.w4a4 import loading
+
+        def saved_arguments() -> Namespace:
+            common = original(load_dir, args, True)[0] or {}
+            return common.get("args") or Namespace()
+
+        state = kwargs["sharded_state_dict"]
+        clips = loading.set_aside(args, saved_arguments, state, str(load_dir))
     try:
         result = original(load_dir, args, rank0, *rest, **kwargs)
     except (Exception, CheckpointException):  # torch's is no Exception
@@ -53,6 +65,8 @@ def compare(
     state_dict = result[0]
     if state_dict is not None and not rank0:
         check(args, state_dict.get("args") or Namespace(), str(load_dir))
+        if clips:
+            loading.put_back(clips, state_dict)
     return result
 
 
@@ -137,7 +151,10 @@ def as_flags(feature: Any, args: Namespace) -> str:
     for name, value in upstream_arguments(feature, args).items():
         given["--" + name.replace("_", "-")] = value
     given = {flag: value for flag, value in given.items() if value not in (None, False)}
-    words = [flag if value is True else f"{flag} {value}" for flag, value in given.items()]
+    words = [
+        flag if value is True else f"{flag} {shlex.quote(str(value))}"
+        for flag, value in given.items()
+    ]
     return " ".join([feature.flag(), *words])
 
 

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_plugins import parameter_groups
 from megatron_plugins.refusals import Refusal
 from megatron_plugins.seams import doors
 from torch_plugins.config import MUP_PRESETS, ConfigError, PowerMup
@@ -205,26 +206,12 @@ def keep_epsilon(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     overrides = original(*args, **kwargs)
     if not getattr(doors.megatron_args(), PowerMup.key(), False):
         return overrides
-    _tell_groups_apart()
+    parameter_groups.tell_apart()
     kept = {
         parameters: {name: value for name, value in override.items() if name != "eps"}
         for parameters, override in overrides.items()
     }
     return {parameters: override for parameters, override in kept.items() if override}
-
-
-def _tell_groups_apart() -> None:
-    """Let a checkpoint's parameter groups be found again by their learning rates too.
-
-    0.17 and 0.18 look only for properties that muP's two groups of matrices share, and cannot
-    resume a ``--use-mup`` run; 0.19 and newer do as this does.
-    """
-    from megatron.core.optimizer import distrib_optimizer, optimizer
-
-    for module in (optimizer, distrib_optimizer):
-        known = module.param_group_identifier_keys
-        rates = (name for name in ("max_lr", "min_lr") if name not in known)
-        module.param_group_identifier_keys = (*known, *rates)
 
 
 def _any_of(*names: str) -> Callable[[Namespace], bool]:

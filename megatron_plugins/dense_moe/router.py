@@ -18,7 +18,7 @@ from megatron.core.transformer import utils
 from torch import Tensor, nn
 
 from megatron_plugins import auxiliary_loss
-from megatron_plugins.dense_moe import metrics
+from megatron_plugins.dense_moe import statistics
 from torch_plugins import dense_moe
 from torch_plugins.auxiliary_loss import AuxiliaryLoss
 from torch_plugins.config import DenseMoE
@@ -75,9 +75,7 @@ class Router(nn.Module):
         if self.feature.mi_reduction == "data-parallel":
             groups.append(parallel_state.get_data_parallel_group())
         marginal = dense_moe.shared_marginal(logits, *groups) if groups else None
-        metrics.METER.add(
-            self.kind, dense_moe.utilization(logits, self.feature.threshold, marginal)
-        )
+        statistics.count(self.kind, dense_moe.utilization(logits, self.feature.threshold, marginal))
         if self.loss is None:
             return scores
         loss = dense_moe.mutual_information_loss(logits, marginal)

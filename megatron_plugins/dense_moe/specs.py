@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_plugins import unfused
 from megatron_plugins.dense_moe.attention import heads_class
 from megatron_plugins.dense_moe.experts import experts_class
 from torch_plugins.config import ConfigError, DenseMoE
@@ -36,15 +36,12 @@ def with_mlp_experts(submodules: Any, index: int) -> Any:
         )
     if _is_ours(module, experts_class):
         return submodules
-    inner = _submodules(spec)
-    if submodules.pre_mlp_layernorm is IdentityOp:
-        inner = replace(inner, linear_fc1=_unfused().column_parallel_linear())
-        submodules = replace(submodules, pre_mlp_layernorm=_unfused().layer_norm())
-    made: Any = experts_class(module)
+    submodules = unfused.mlp(submodules, {})
+    spec, made = submodules.mlp, experts_class(module)
     if isinstance(spec, ModuleSpec):
-        return replace(submodules, mlp=replace(spec, module=made, submodules=inner))
-    options = {**spec.keywords, "submodules": inner}
-    return replace(submodules, mlp=partial(made.as_mlp_submodule, *spec.args, **options))
+        return replace(submodules, mlp=replace(spec, module=made))
+    built: Any = made
+    return replace(submodules, mlp=partial(built.as_mlp_submodule, *spec.args, **spec.keywords))
 
 
 def _is_ours(module: type, make: Any) -> bool:
@@ -61,16 +58,6 @@ def _name(found: Any) -> str:
     return getattr(found, "__name__", type(found).__name__)
 
 
-def _submodules(spec: Any) -> Any:
-    return spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
-
-
-def _unfused() -> Any:
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
-    return TESpecProvider()
-
-
 def with_attention_experts(submodules: Any, index: int) -> Any:
     """A layer's submodules, its query heads made experts.
 
@@ -85,10 +72,7 @@ def with_attention_experts(submodules: Any, index: int) -> Any:
         )
     if _is_ours(attention.module, heads_class):
         return submodules
-    keys_map, inner = dict(submodules.sharded_state_dict_keys_map), attention.submodules
-    if submodules.input_layernorm is IdentityOp:
-        inner = replace(inner, linear_qkv=_unfused().column_parallel_linear())
-        submodules = replace(submodules, input_layernorm=_unfused().layer_norm())
-        keys_map["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
-    attention = replace(attention, module=heads_class(attention.module), submodules=inner)
-    return replace(submodules, self_attention=attention, sharded_state_dict_keys_map=keys_map)
+    submodules = unfused.attention(submodules)
+    attention = submodules.self_attention
+    attention = replace(attention, module=heads_class(attention.module))
+    return replace(submodules, self_attention=attention)

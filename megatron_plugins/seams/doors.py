@@ -53,12 +53,31 @@ def loss_scale(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def log(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The training log, to which routers add a line's worth."""
-    if "megatron_plugins.dense_moe.metrics" not in sys.modules:
+    """The training log, to which layers add what they count."""
+    if "megatron_plugins.metrics" not in sys.modules:
         return original(*args, **kwargs)
-    from megatron_plugins.dense_moe import metrics
+    from megatron_plugins import metrics
 
     return metrics.log(original, *args, **kwargs)
+
+
+def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A step of training, before which quantizers are told what to do in it."""
+    if "megatron_plugins.w4a4.calibration" not in sys.modules:
+        return original(*args, **kwargs)
+    from megatron_plugins.w4a4 import calibration
+
+    return calibration.step(original, *args, **kwargs)
+
+
+def optimizer_groups(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Overrides of parameter groups; clips may have a learning rate of their own."""
+    overrides = original(*args, **kwargs)
+    if not getattr(megatron_args(), "w4a4", False):
+        return overrides
+    from megatron_plugins.w4a4 import optimizer
+
+    return optimizer.with_clips(overrides, *args, **kwargs)
 
 
 def build_context(

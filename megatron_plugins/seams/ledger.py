@@ -122,6 +122,25 @@ HOOKS: tuple[Symbol, ...] = (
         relies_on=("loss_dict",),
     ),
     Symbol(
+        id="w4a4-step",
+        targets=("megatron.training.training:train_step",),
+        feature="w4a4",
+        why="quantizers start by iteration, and are calibrated after the step that they observe",
+        remove_when="upstream has callbacks around a step",
+        handler="megatron_plugins.seams.doors:step",
+        relies_on=("model", "optimizer"),
+    ),
+    Symbol(
+        id="optimizer-groups",
+        targets=("megatron.core.optimizer:get_standard_config_overrides",),
+        feature="w4a4",
+        why="clips may have a learning rate of their own; training.py binds the function as it "
+        "imports it",
+        remove_when="parameters can name a multiple of the learning rate",
+        handler="megatron_plugins.seams.doors:optimizer_groups",
+        relies_on=("config",),
+    ),
+    Symbol(
         id="activity",
         targets=("megatron.training.training:setup_model_and_optimizer",),
         feature="any",

@@ -8,14 +8,23 @@ With z = y - mean(y), means over the d features of a token, and m_k = mean(z ** 
 in fp32 or wider. About 3 for normal features, 1.8 for uniform ones, d for a single feature that is
 not zero: a penalty on it keeps features alike in size, so that few bits serve them all. The 3 of a
 normal distribution is not subtracted, which no gradient sees.
+
+``eps`` only keeps features that are all equal from dividing 0 by 0. One that is not small beside
+``m_2 ** 2`` makes K depend on the size of y: 1e-6, which other implementations add, is a thousand
+times the ``m_2 ** 2`` of a residual projection at the usual initialization, whose penalty then is
+nothing but a pull towards 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+EPS = 1e-20
 
 
 @torch.library.custom_op("torch_plugins::kurtosis", mutates_args=())
@@ -65,7 +74,76 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
 _kurtosis.register_autograd(_differentiate, setup_context=_save)
 
 
-def kurtosis(y: Tensor, eps: float = 1e-6) -> Tensor:
+def kurtosis(y: Tensor, eps: float = EPS) -> Tensor:
     """K of every token, ``[..., d] -> [...]``, in fp32 or wider."""
     out: Tensor = _kurtosis(y, eps)
     return out
+
+
+def kurtosis_of_parts(
+    parts: Sequence[Tensor], gather: Callable[[Tensor], Tensor], eps: float = EPS
+) -> Tensor:
+    """K of several activations whose features R processes share evenly, ``[n, ...]``.
+
+    Args:
+        parts: this process's features of each of n activations, ``[..., d_k / R]``; all of the same
+            tokens.
+        gather: the tensors of all processes, stacked: ``[...] -> [R, ...]``. Called once, with the
+            mean and three central moments of each token, which combine exactly::
+
+                m   = mean over r of m_r,    delta_r = m_r - m
+                m_2 = mean of  m_2r + delta_r ** 2
+                m_3 = mean of  m_3r + 3 delta_r m_2r + delta_r ** 3
+                m_4 = mean of  m_4r + 4 delta_r m_3r + 6 delta_r ** 2 m_2r + delta_r ** 4
+
+    The gradient, of this process's features, needs no more from the others than K's own gradient,
+    which must be the same in all.
+    """
+    out: Tensor = _KurtosisOfParts.apply(gather, eps, *parts)
+    return out
+
+
+class _KurtosisOfParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gather: Callable[[Tensor], Tensor], eps: float, *parts: Tensor) -> Tensor:
+        everywhere = gather(torch.stack([_moments(part) for part in parts], 1))
+        mean, m_2, m_3, m_4 = _combined(everywhere)
+        below = m_2**2 + eps
+        ctx.save_for_backward(mean, m_2, m_3, m_4 / below, below, *parts)
+        ctx.processes = everywhere.shape[0]
+        return m_4 / below
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        found, parts = saved[:5], saved[5:]
+        grads = []
+        for index, part in enumerate(parts):
+            g, mean, m_2, m_3, value, below = (
+                of_all[index].unsqueeze(-1) for of_all in (gradients[0], *found)
+            )
+            z = part.to(mean.dtype) - mean
+            slope = (z**3 - m_3 - value * m_2 * z) * (4 / (part.shape[-1] * ctx.processes)) / below
+            grads.append((g * slope).to(part.dtype))
+        return None, None, *grads
+
+
+def _moments(y: Tensor) -> Tensor:
+    """Mean and three central moments over the features, ``[4, ...]``."""
+    wide = y.to(_wide(y))
+    mean = wide.mean(-1)
+    z = wide - mean.unsqueeze(-1)
+    return torch.stack([mean, *((z**power).mean(-1) for power in (2, 3, 4))])
+
+
+def _combined(moments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Those of parts of equal size, ``[R, 4, ...]``, put together."""
+    means, m_2, m_3, m_4 = moments.unbind(1)
+    mean = means.mean(0)
+    delta = means - mean
+    return (
+        mean,
+        (m_2 + delta**2).mean(0),
+        (m_3 + 3 * delta * m_2 + delta**3).mean(0),
+        (m_4 + 4 * delta * m_3 + 6 * delta**2 * m_2 + delta**4).mean(0),
+    )

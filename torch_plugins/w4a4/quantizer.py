@@ -31,7 +31,7 @@ class Mode(Enum):
 
     OFF = "off"
     OBSERVE = "observe"
-    """Leave inputs as they are, and remember where clips should start."""
+    """Leave inputs as they are, and in training remember where clips should start."""
     QUANTIZE = "quantize"
 
 
@@ -68,11 +68,12 @@ class InputQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         feature = self.feature
         if self.mode is not Mode.QUANTIZE:
-            if self.mode is Mode.OBSERVE and feature.learned:
+            if self.mode is Mode.OBSERVE and self.training and feature.learned:
                 self._observe(x.detach())
             return _PassThrough.apply(x, *self.parameters())
         if feature.grid != "int4":
-            return fake_quant_fp4(x, feature.grid, self._largest(x, None))
+            largest = self._largest(x, None) if feature.grid == "nvfp4" else None
+            return fake_quant_fp4(x, feature.grid, largest)
         if feature.granularity == "token":
             return fake_quant_rows(x, feature.activation_bits, self._largest(x, -1))
         return fake_quant(x, *self.clips(), feature.activation_bits)
