@@ -36,6 +36,17 @@ COMMANDS = {
 }
 """Files that may import more, within a function: needed only when the command runs."""
 
+WITHIN_FUNCTIONS = {
+    "torch_plugins/w4a4": {
+        "compressed_tensors",
+        "matplotlib",
+        "rich",
+        "safetensors",
+        "transformers",
+    },
+}
+"""The same for folders whose other files a command uses."""
+
 STDLIB_ONLY = (
     "megatron_plugins/__init__.py",
     "megatron_plugins/_autoload.py",
@@ -70,16 +81,23 @@ def python_files(*trees):
 def absolute_imports(path):
     """``(line, top-level package)`` of every import in a file, wherever it stands."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.lineno, (node.module or "").split(".")[0]
+        yield from imported(node)
+
+
+def imported(node):
+    """The same of one node."""
+    if isinstance(node, ast.Import):
+        yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+        yield node.lineno, (node.module or "").split(".")[0]
 
 
 def allowed_in(name):
     """Packages that the file ``name`` (relative to the root) may import."""
     trees = [tree for tree in MAY_IMPORT if name.startswith(tree + "/")]
-    return MAY_IMPORT[max(trees, key=len)] | sys.stdlib_module_names | COMMANDS.get(name, set())
+    more = [names for tree, names in WITHIN_FUNCTIONS.items() if name.startswith(tree + "/")]
+    within = COMMANDS.get(name, set()).union(*more)
+    return MAY_IMPORT[max(trees, key=len)] | sys.stdlib_module_names | within
 
 
 def test_imports_go_one_way():
@@ -98,6 +116,10 @@ def test_commands_import_what_they_draw_with_when_they_run():
         at_once = re.findall(r"^(?:import|from) (\w+)", (ROOT / name).read_text(), re.MULTILINE)
         assert "argparse" in at_once
         assert packages.isdisjoint(at_once)
+    for tree, packages in WITHIN_FUNCTIONS.items():
+        for path in (ROOT / tree).rglob("*.py"):
+            at_once = [m for node in ast.parse(path.read_text()).body for _, m in imported(node)]
+            assert packages.isdisjoint(at_once), path
 
 
 def test_what_import_torch_runs_is_standard_library():

@@ -113,7 +113,7 @@ def hessians(
         inputs: functions that run the layers on a batch.
     """
     sums: dict[str, Tensor] = {}
-    with ExitHooks() as hooks:
+    with Hooks() as hooks:
         for name, linear in linears.items():
             hooks.before(linear, _adder(sums, name))
         for run in inputs:
@@ -121,11 +121,13 @@ def hessians(
     return sums
 
 
-class ExitHooks:
+class Hooks:
     """Hooks before modules' forwards, removed at the end of a ``with``."""
 
-    def __enter__(self) -> ExitHooks:
+    def __init__(self) -> None:
         self.handles: list[Any] = []
+
+    def __enter__(self) -> Hooks:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,0 +1,186 @@
+"""A Hugging Face folder read layer by layer: the model without memory, its tensors on demand.
+
+A tensor is in memory only while it is in a module; everything else is on the ``meta`` device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..feature import ConfigError
+from ..w4a4_config import W4A4
+from .marker import SECTION, is_marker, read
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+CLIPS = (".input_quantizer.clip_high", ".input_quantizer.clip_low")
+
+
+class Folder:
+    """An exported model.
+
+    Attributes:
+        config: of transformers, without ``quantization_config``.
+        feature, modules: of a folder with W4A4's clips; None and empty otherwise.
+        files: of each tensor by its name.
+
+    Raises:
+        ConfigError: not a model folder, quantized in another way, or its weights are no
+            safetensors.
+    """
+
+    def __init__(self, path: Path, trust_remote_code: bool = False) -> None:
+        self.path, self.trust_remote_code = path, trust_remote_code
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{path}: no config.json; give the folder of a Hugging Face model")
+        try:
+            self.fields: dict[str, Any] = json.loads((path / "config.json").read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path / 'config.json'}: {error}") from error
+        self.feature, self.modules = self._section()
+        self.files = self._files()
+        self.config = self._config()
+        self._open: dict[Path, Any] = {}
+
+    def _section(self) -> tuple[W4A4 | None, list[str]]:
+        section = self.fields.get(SECTION)
+        if section is None:
+            return None, []
+        if not is_marker(section):
+            raise ConfigError(
+                f"{self.path}: quantized already ({section.get('quant_method')}); give the folder "
+                "that it was made from"
+            )
+        return read(section)
+
+    def _files(self) -> dict[str, Path]:
+        from safetensors import safe_open
+
+        if (self.path / INDEX).is_file():
+            weight_map = json.loads((self.path / INDEX).read_text())["weight_map"]
+            return {name: self.path / file for name, file in weight_map.items()}
+        if not (self.path / SINGLE).is_file():
+            raise ConfigError(
+                f"{self.path}: no {SINGLE} and no {INDEX}; load the model and save it again with "
+                "save_pretrained, which writes safetensors"
+            )
+        with safe_open(self.path / SINGLE, "pt") as file:
+            return dict.fromkeys(file.keys(), self.path / SINGLE)
+
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        if self.fields.get("model_type") == "plugin_decoder":
+            import torch_plugins.hf  # noqa: F401  the package's code, not the folder's
+        elif "auto_map" in self.fields and not self.trust_remote_code:
+            raise ConfigError(
+                f"{self.path}: carries code of its own; read it, then say --trust-remote-code"
+            )
+        if self.fields.get("dense_moe") is not None:
+            raise ConfigError(
+                f"{self.path}: dense_moe: its experts are computed without their linear layers, "
+                "which W4A4 quantizes; not supported yet"
+            )
+        config = AutoConfig.from_pretrained(
+            self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+        )
+        vars(config).pop(SECTION, None)
+        return config
+
+    def get(self, name: str) -> Tensor:
+        """A tensor of the folder."""
+        from safetensors import safe_open
+
+        path = self.files[name]
+        if path not in self._open:
+            self._open[path] = safe_open(path, "pt")
+        tensor: Tensor = self._open[path].get_tensor(name)
+        return tensor
+
+    def clips(self, linear: str) -> tuple[Tensor, Tensor | None] | None:
+        """``clip_high`` and ``clip_low`` of a linear layer, where it has any."""
+        high, low = (linear + clip for clip in CLIPS)
+        if high not in self.files:
+            return None
+        return self.get(high), self.get(low) if low in self.files else None
+
+    def digest(self) -> str:
+        """SHA-256 of configuration and weights."""
+        total = hashlib.sha256()
+        for path in (self.path / "config.json", *sorted(set(self.files.values()))):
+            with path.open("rb") as file:
+                while piece := file.read(2**24):
+                    total.update(piece)
+        return total.hexdigest()
+
+    def skeleton(self) -> Any:
+        """The causal language model in eval mode, its parameters on ``meta``.
+
+        Raises:
+            ConfigError: the folder lacks a tensor of it.
+        """
+        from transformers import AutoModelForCausalLM
+
+        with parameters_on_meta():
+            model: Any = AutoModelForCausalLM.from_config(
+                self.config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+            )
+        model.eval().requires_grad_(False)
+        known = self.files.keys() | self.tied(model).keys()
+        lacking = [name for name in model.state_dict() if name not in known]
+        if lacking:
+            raise ConfigError(
+                f"{self.path}: no tensor {lacking[0]} of {type(model).__name__}; models that "
+                "transformers stores under other names, such as experts, are not supported"
+            )
+        return model
+
+    def tied(self, model: Any) -> dict[str, str]:
+        """Parameters that the folder leaves out, each with the one that it is."""
+        ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+        return {name: source for name, source in ties.items() if name not in self.files}
+
+
+def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Put tensors into a model's parameters and buffers, by name, in place of those there."""
+    for name, tensor in tensors:
+        owner, _, last = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if last in module._parameters:
+            module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[last] = tensor
+
+
+def empty(module: nn.Module) -> None:
+    """Put a module's parameters back on ``meta``."""
+    for inner in module.modules():
+        for name, parameter in inner._parameters.items():
+            if parameter is not None:
+                inner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters without memory; buffers, which no file may have, are
+    real."""
+    plain = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        plain(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    host: Any = nn.Module
+    host.register_parameter = register
+    try:
+        yield
+    finally:
+        host.register_parameter = plain
