@@ -131,6 +131,7 @@ def step(original: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) -
     if observed:
         own.calibrate(engine)
     result = original(engine, *args, **kwargs)
+    w4a4_groups.follow_rates(engine.optimizer.param_groups)
     if observed:
         own.read(engine)
     if not own.waiting and engine.global_steps % (engine.steps_per_print() or CHECK_EVERY) == 0:

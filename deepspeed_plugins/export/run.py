@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from torch_plugins.export.proof import (
 )
 from torch_plugins.export.tokenizer import Tokenizer
 from torch_plugins.export.writer import check_output, check_shard_size, new_folder, write_model
+from torch_plugins.w4a4.linear import swap
+from torch_plugins.w4a4.marker import SECTION, is_marker, read
 
 from .checkpoint import Checkpoint, Weights
 
@@ -74,8 +77,13 @@ def export(
             f"--tokenizer {tokenizer}: {files.size} tokens, but the model has {config.vocab_size}"
         )
     config.dtype = DTYPES.get(dtype, config.dtype)
+    section = getattr(config, SECTION, None)
     with torch.device("meta"):
         model = PluginDecoderForCausalLM(config)
+        if is_marker(section):
+            feature, modules = read(section)
+            swap(model, replace(feature, modules="*"), modules)
+            model.config.quantization_config = section
     expected = dict(model.named_parameters())  # a tied head is named once
     tensors = Weights(checkpoint.weights(expected), expected, config.dtype)
     with new_folder(output, force) as folder:

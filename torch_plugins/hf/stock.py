@@ -7,6 +7,7 @@ from typing import Any
 from transformers import GraniteConfig, LlamaConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from ..config import DenseMoE
+from ..w4a4.marker import SECTION
 from .configuration_plugin_decoder import PluginDecoderConfig
 
 SHARED = (
@@ -80,7 +81,8 @@ def _fields(config: PluginDecoderConfig, names: tuple[str, ...]) -> dict[str, An
     fields: dict[str, Any] = {name: getattr(config, name) for name in names}
     fields["rms_norm_eps"] = config.norm_eps
     fields["rope_parameters"] = dict(config.rope_parameters)
-    return fields
+    quantization = getattr(config, SECTION, None)
+    return fields if quantization is None else fields | {SECTION: quantization}
 
 
 def _is_neutral(config: PluginDecoderConfig) -> bool:
