@@ -68,7 +68,7 @@ class InputQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         feature = self.feature
         if self.mode is not Mode.QUANTIZE:
-            if self.mode is Mode.OBSERVE and self.training and feature.learned:
+            if self.mode is Mode.OBSERVE and feature.learned and self._trains():
                 self._observe(x.detach())
             return _PassThrough.apply(x, *self.parameters())
         if feature.grid != "int4":
@@ -77,6 +77,10 @@ class InputQuantizer(nn.Module):
         if feature.granularity == "token":
             return fake_quant_rows(x, feature.activation_bits, self._largest(x, -1))
         return fake_quant(x, *self.clips(), feature.activation_bits)
+
+    def _trains(self) -> bool:
+        """Not where a script only evaluates, whether it says so by ``eval`` or by ``no_grad``."""
+        return self.training and torch.is_grad_enabled()
 
     def clips(self) -> tuple[Tensor, Tensor]:
         """The highest and the lowest level, ``[1]`` each, as functions of the parameters."""
