@@ -14,7 +14,7 @@ from engines import leave
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FEATURES = {"together": "deepspeed", "ladder": "ladder_residual"}
 FEATURES |= {"sharing": "cross_layer_attention", "power": "power_lr"}
-FEATURES |= {"experts": "dense_moe"}
+FEATURES |= {"experts": "dense_moe", "four bits": "w4a4"}
 
 
 def run(name, script, *words):

@@ -15,6 +15,7 @@ STEPS = 10
 LADDER = "ladder-residual: 4 of 4 layers"
 SHARING = "cross-layer-attention: 2 of 4 layers share keys and values (producers 0, 2)"
 EXPERTS = "dense-moe: 8 experts in 4 layers, linear routers; evaluation dense"
+FOUR_BITS = "w4a4: 28 of 29 linear layers, inputs 4 bits (learned clips), kurtosis 1e-05"
 POWER = "power-lr: peak 0.01, a 4, b -0.51, {} sequences of 128 tokens, warms up over {} tokens"
 ACTIVE = {
     "together": [LADDER, SHARING, POWER.format(8, "8,192")],
@@ -22,6 +23,7 @@ ACTIVE = {
     "sharing": [SHARING],
     "power": [POWER.format(16, "20,480")],
     "experts": [EXPERTS],
+    "four bits": [FOUR_BITS],
 }
 TRAINER = ACTIVE | {"power": [POWER.format(8, "1,024") + ", decays over the last 20,480 tokens"]}
 
@@ -45,7 +47,7 @@ def outputs(folder):
 def test_a_json_turns_its_features_on(outputs, name):
     """And no other, in both scripts; the loss falls below that of equal odds, ln 256."""
     for run, expected in ((name, ACTIVE[name]), (f"{name}, Trainer", TRAINER[name])):
-        pattern = r"^(?:ladder-residual|cross-layer|power-lr|dense-moe).*"
+        pattern = r"^(?:ladder-residual|cross-layer|power-lr|dense-moe|w4a4).*"
         lines = re.findall(pattern, outputs[run], re.MULTILINE)
         assert len(lines) == len(expected)
         assert all(map(str.startswith, sorted(lines), sorted(expected))), lines
