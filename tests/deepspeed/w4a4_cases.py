@@ -4,174 +4,40 @@ Started by test_w4a4.py; writes what happened to the JSON file given, and leaves
 folder given.
 """
 
-import copy
 import json
 import sys
 import warnings
-from functools import cache
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from engines import config, leave, start
+from engines import leave, start
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.integrations import HfDeepSpeedConfig
+from w4a4_checkpoints import checkpoints, composed, resumed, universal
+from w4a4_net import (
+    SECTION,
+    SHARE,
+    STEPS,
+    WIDTH,
+    batch,
+    build,
+    error,
+    net,
+    plain,
+    raised,
+    settings,
+    train,
+    whole,
+)
 
 from deepspeed_plugins.auxiliary_loss import values
 from deepspeed_plugins.features import features_of
-from deepspeed_plugins.seams import versions
-from torch_plugins.config import W4A4, ConfigError
+from torch_plugins.config import W4A4
 from torch_plugins.hf import PluginDecoderConfig, PluginDecoderForCausalLM
 from torch_plugins.w4a4.linear import fake_quant_linears, swap
 
-# DeepSpeed asks for fast fp16; torch computes it, slowly, on any CPU.
-deepspeed.get_accelerator().is_fp16_supported = lambda: True
-
-WIDTH, RATE, KURTOSIS, SHARE, MULT, STEPS = 8, 0.05, 0.05, 0.98, 8.0, 3
-SECTION = {
-    "kurtosis_weight": KURTOSIS,
-    "clip_init": f"percentile:{100 * SHARE:g}",
-    "clip_lr_mult": MULT,
-    "modules": "!4",
-}
 FP16 = {"enabled": True, "loss_scale": 128}
-REPEATABLE = versions.installed() >= (0, 19, 8)
-
-
-def net(seed=3):
-    """Layers 0 and 2 have W4A4; 4 is the output layer."""
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(WIDTH, 12), nn.Tanh(), nn.Linear(12, 6, bias=False), nn.Tanh(), nn.Linear(6, 1)
-    )
-
-
-def settings(stage=0, parts=1, section=SECTION, key="deepspeed_plugins", **others):
-    sgd = {"optimizer": {"type": "SGD", "params": {"lr": RATE}}}
-    sections = sgd | {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True} | others
-    plugins = {} if section is None else {key: {"w4a4": section}}
-    return config(stage, parts, **plugins, **sections)
-
-
-def build(model, json_file, **options):
-    if "optimizer" in json_file:
-        options.setdefault("model_parameters", list(model.parameters()))
-    return deepspeed.initialize(model=model, config=copy.deepcopy(json_file), **options)[0]
-
-
-def batch(step, rank, part=0):
-    generator = torch.Generator().manual_seed(100 * step + 10 * part + rank)
-    return 2 * torch.randn(5, WIDTH, generator=generator)
-
-
-def whole(engine_or_model):
-    """Copies of all parameters by name, whole on every rank."""
-    model = getattr(engine_or_model, "module", engine_or_model)
-    named = dict(model.named_parameters())
-    partitioned = any(hasattr(p, "ds_id") for p in named.values())
-    with deepspeed.zero.GatheredParameters(list(named.values()), enabled=partitioned):
-        return {name: p.detach().clone().float() for name, p in named.items()}
-
-
-def train(engine, steps=STEPS, first=0):
-    parts, losses = engine.gradient_accumulation_steps(), []
-    for step in range(first, first + steps):
-        for part in range(parts):
-            x = batch(step, dist.get_rank(), part).to(next(engine.module.parameters()).dtype)
-            loss = engine(x).pow(2).mean()
-            engine.backward(loss)
-            engine.step()
-        losses.append(loss.item())
-    return losses
-
-
-def levels(x, high, low, bits=4):
-    """The nearest of 2 ** bits levels; a straight-through rounding under autograd."""
-    step = (high - low) / (2**bits - 1)
-    place = (torch.maximum(torch.minimum(x, high), low) - low) / step
-    return low + step * (place + (place.round() - place).detach())
-
-
-def rows(weight, bits, size):
-    groups = weight.unflatten(1, (-1, size))
-    step = 2 * groups.detach().abs().amax(-1, keepdim=True) / (2**bits - 1)
-    codes = (groups.detach() / step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return (groups + (step * codes - groups).detach()).flatten(1)
-
-
-def kurtosis(y):
-    z = y - y.mean(-1, keepdim=True)
-    return ((z**4).mean(-1) / ((z**2).mean(-1) ** 2 + 1e-20)).mean()
-
-
-@cache
-def plain(parts, quantized=True, weight_bits=0, penalty=KURTOSIS):
-    """Parameters by name, where clips started, and the kurtosis of the last step, of plain torch on
-    all data. With ``weight_bits``, of one step with clips of 2: a row's largest weight lies between
-    two levels, and what rounds it differently later would count."""
-    model = net()
-    layers = {0: model[0], 2: model[2]}
-    clips, begun = dict.fromkeys(layers), {}
-    if weight_bits:
-        clips = {i: [torch.tensor([c], requires_grad=True) for c in (2.0, -2.0)] for i in layers}
-        begun = {index: [2.0, -2.0] for index in layers}
-    places = [(rank, part) for rank in range(dist.get_world_size()) for part in range(parts)]
-    for step in range(1 if weight_bits else STEPS):
-        total, seen, penalties = 0.0, {index: [] for index in layers}, {}
-        for place in places:
-            x = batch(step, *place)
-            for index in range(5):
-                if index not in layers:
-                    x = model[index](x)
-                    continue
-                seen[index].append(x.detach())
-                if quantized and clips[index] is not None:
-                    x = levels(x, *clips[index])
-                weight = layers[index].weight
-                weight = rows(weight, weight_bits, 2) if weight_bits else weight
-                x = nn.functional.linear(x, weight, layers[index].bias)
-                penalties[index] = penalties.get(index, 0) + kurtosis(x) / len(places)
-            total = total + x.pow(2).mean() / len(places)
-        total = total + penalty * sum(penalties.values())
-        own = [clip for pair in clips.values() if pair is not None for clip in pair]
-        parameters = [*model.parameters(), *own]
-        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-        with torch.no_grad():
-            for number, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-                rate = RATE if number < len(list(model.parameters())) else MULT * RATE
-                if gradient is not None:
-                    parameter -= rate * gradient
-        for index, inputs in seen.items():
-            if clips[index] is None:
-                flat = [each.flatten() for each in inputs]
-                high = max(torch.quantile(each, SHARE) for each in flat)
-                low = min(torch.quantile(each, 1 - SHARE) for each in flat)
-                clips[index] = [c.reshape(1).clone().requires_grad_() for c in (high, low)]
-                begun[index] = high.item(), low.item()
-    named, starts = (
-        {name: p.detach() for name, p in net_.named_parameters()} for net_ in (model, net())
-    )
-    for index, pair in clips.items():
-        for name, clip, start_ in zip(("clip_high", "clip_low"), pair, begun[index], strict=True):
-            named[f"{index}.input_quantizer.{name}"] = clip.detach()
-            starts[f"{index}.input_quantizer.{name}"] = torch.tensor([start_])
-    return named, starts, sum(float(each) for each in penalties.values())
-
-
-def error(found, expected, starts):
-    """Of weights and of clips, relative to their updates."""
-    result = {}
-    for kind in ("weights", "clips"):
-        names = [name for name in expected if ("clip" in name) == (kind == "clips")]
-        update, wrong = (
-            torch.cat([(expected[name] - other[name]).flatten() for name in names])
-            for other in (starts, found)
-        )
-        result[kind] = float(wrong.norm() / update.norm())
-    return result
 
 
 def case(stage, parts=1, weight_bits=0, **others):
@@ -316,147 +182,6 @@ def groups():
     frozen = whole(engine)["0.input_quantizer.clip_high"].item()
     found["frozen"] = [clip.requires_grad, frozen]
     engine.destroy()
-    return found
-
-
-def resumed(folder):
-    """Whether a resumed run ends as the straight one, to the bit."""
-    adam = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
-    found = {}
-    for name, stage, start_at in (("0", 0, 0), ("1", 1, 0), ("3", 3, 0), ("late", 2, 3)):
-        section = SECTION | {"start_iteration": start_at}
-        json_file = settings(stage, section=section, optimizer=adam)
-        engine = build(net(), json_file)
-        train(engine, 2)
-        engine.save_checkpoint(str(folder / name), client_state={"mine": stage})
-        train(engine, 3, 2)
-        straight = whole(engine)
-        engine.destroy()
-        engine = build(net(5), json_file)
-        _, state = engine.load_checkpoint(str(folder / name))
-        train(engine, 3, 2)
-        again = whole(engine)
-        engine.destroy()
-        found[name] = {
-            "equal": all(torch.equal(straight[key], again[key]) for key in straight),
-            "state": {key: value for key, value in state.items() if "mine" in key or "w4a4" in key},
-            "clip": straight["0.input_quantizer.clip_high"].item(),
-        }
-    return found
-
-
-def universal(folder):
-    """ZeRO 1, saved above, as a universal checkpoint in ZeRO 1 on the same ranks."""
-    from deepspeed.checkpoint import ds_to_universal
-
-    source, target = folder / "1" / "global_step2", folder / "universal" / "global_step2"
-    if dist.get_rank() == 0:
-        words = ["--input_folder", source, "--output_folder", target, "--inject_missing_state"]
-        words += ["--num_extract_workers", 1, "--num_merge_workers", 1]
-        sys.argv = ["ds_to_universal", *map(str, words)]
-        ds_to_universal.main(ds_to_universal.parse_arguments())
-        (folder / "universal" / "latest_universal").write_text("global_step2")
-    dist.barrier()
-    adam = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
-    json_file = settings(1, optimizer=adam, checkpoint={"load_universal": True})
-    engine = build(net(5), json_file)
-    engine.load_checkpoint(str(folder / "universal"))
-    train(engine, 3, 2)
-    found = whole(engine)["0.input_quantizer.clip_high"].item()
-    engine.destroy()
-    return found
-
-
-def raised(function, *arguments, **options):
-    try:
-        function(*arguments, **options)
-    except ConfigError as problem:
-        return str(problem)
-    return None
-
-
-def checkpoints(folder):
-    """What is said of checkpoints of other models, and the start from a plain one."""
-    found = {}
-    for stage in (1, 3):
-        engine = build(net(), settings(stage, section=None))
-        train(engine, 1)
-        place = str(folder / f"plain-{stage}")
-        engine.save_checkpoint(place)
-        found[f"ZeRO {stage}, with into without"] = raised(
-            engine.load_checkpoint, str(folder / str(stage))
-        )
-        engine.destroy()
-        engine = build(net(), settings(stage))
-        found[f"ZeRO {stage}, without into with"] = raised(engine.load_checkpoint, place)
-        engine.destroy()
-        model = net(5)
-        model.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(place))
-        engine = build(model, settings(stage))
-        train(engine, 2)
-        found[f"ZeRO {stage}, start"] = whole(engine)["0.input_quantizer.clip_high"].item()
-        engine.destroy()
-    engine = build(net(), settings(1, section=SECTION | {"activation_bits": 3}))
-    found["other bits"] = raised(engine.load_checkpoint, str(folder / "1"))
-    engine.destroy()
-    return found
-
-
-LLAMA = LlamaConfig(
-    vocab_size=61,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
-
-
-def llama(json_file, steps=2, path=None):
-    torch.manual_seed(7)
-    if path is None:
-        model = LlamaForCausalLM(copy.deepcopy(LLAMA))
-    else:
-        keep = HfDeepSpeedConfig(json_file)  # while it lives, from_pretrained partitions
-        model = LlamaForCausalLM.from_pretrained(path)
-        del keep
-    engine = build(model, json_file)
-    for step in range(steps):
-        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
-        ids = torch.randint(0, LLAMA.vocab_size, (2, 9), generator=generator)
-        engine.backward(engine(ids, labels=ids).loss)
-        engine.step()
-    return engine
-
-
-def composed(folder):
-    """A stock model that becomes a ladder with W4A4; a plain one, partitioned and not."""
-    section = {"kurtosis_weight": 1e-3, "modules": "*mlp.*"}
-    json_file = settings(1, section=section)
-    json_file["deepspeed_plugins"] |= {"ladder_residual": {}}
-    engine = llama(json_file)
-    engine.save_checkpoint(str(folder / "ladder"))
-    ids = torch.arange(9)[None]
-    with torch.no_grad():
-        logits = engine.module(ids).logits
-    if dist.get_rank() == 0:
-        torch.save({"ids": ids, "logits": logits}, folder / "logits.pt")
-    found = {"layers": sorted(fake_quant_linears(engine.module))}
-    engine.destroy()
-    if dist.get_rank() == 0:
-        torch.manual_seed(7)
-        LlamaForCausalLM(copy.deepcopy(LLAMA)).save_pretrained(folder / "llama")
-    dist.barrier()
-    ones = llama(settings(3, section=section), path=folder / "llama")
-    others = llama(settings(1, section=section))
-    pair = whole(ones), whole(others)
-    differences = [(pair[0][key] - pair[1][key]).abs().max().item() for key in pair[1]]
-    found["partitioned"] = max(differences)
-    if dist.get_rank() == 0:
-        others.module.save_pretrained(folder / "saved")
-    ones.destroy()
-    others.destroy()
     return found
 
 

@@ -18,7 +18,7 @@ its name. Standard library only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..feature import ConfigError, did_you_mean
 from ..w4a4_config import W4A4
@@ -36,7 +36,7 @@ def marker(feature: W4A4, modules: Iterable[str]) -> dict[str, Any]:
     return own | TRIPWIRE
 
 
-def is_marker(section: Any) -> bool:
+def is_marker(section: Any) -> TypeGuard[Mapping[str, Any]]:
     """Whether a ``quantization_config`` is one."""
     return isinstance(section, Mapping) and section.get("quant_method") == QUANT_METHOD
 
