@@ -13,7 +13,9 @@ features, scales s and the input's zero point z, which need not be an integer::
     y[t, o] = s_x sum over g of s_w[o, g] (A[t, o, g] - z sum over i in g of W[o, i]) + bias[o]
 
 s_x and z are those of the layer; or, without, ``s_x = 2 max|x[t]| / (2 ** b - 1)`` for each token
-(1 where that is 0) and z = 0. Everything but A is computed in fp32.
+(1 where that is 0) and z = 0. Everything but A is computed in fp32, x / s_x by division: the
+largest feature of a token lies half way between two codes, and a product with 1 / s_x may round
+otherwise.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..ops.int4 import pack_int4, unpack_int4
 from ..weight_quant import Quantized
 from .activations import Input, StaticInput
-from .folder import CLIPS, Folder
+from .folder import CLIPS, Folder, cast
 from .quantize import BITS
 
 FORMAT = "pack-quantized"
@@ -132,8 +132,3 @@ class QuantizedWeights:
 
     def meta(self, name: str) -> Tensor:
         return self[name].to("meta")
-
-
-def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Floating-point tensors in a dtype; others, and all with None, as they are."""
-    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)

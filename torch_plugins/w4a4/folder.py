@@ -28,6 +28,7 @@ class Folder:
 
     Attributes:
         config: of transformers, without ``quantization_config``.
+        fields: of ``config.json``.
         feature, modules: of a folder with W4A4's clips; None and empty otherwise.
         files: of each tensor by its name.
 
@@ -36,8 +37,10 @@ class Folder:
             safetensors.
     """
 
-    def __init__(self, path: Path, trust_remote_code: bool = False) -> None:
-        self.path, self.trust_remote_code = path, trust_remote_code
+    def __init__(
+        self, path: Path, trust_remote_code: bool = False, quantized: bool = False
+    ) -> None:
+        self.path, self.trust_remote_code, self.quantized = path, trust_remote_code, quantized
         if not (path / "config.json").is_file():
             raise ConfigError(f"{path}: no config.json; give the folder of a Hugging Face model")
         try:
@@ -51,7 +54,7 @@ class Folder:
 
     def _section(self) -> tuple[W4A4 | None, list[str]]:
         section = self.fields.get(SECTION)
-        if section is None:
+        if section is None or self.quantized:
             return None, []
         if not is_marker(section):
             raise ConfigError(
@@ -126,13 +129,22 @@ class Folder:
         Raises:
             ConfigError: the folder lacks a tensor of it.
         """
+        model = self.build(torch.float32)
+        self.check(model)
+        return model
+
+    def build(self, dtype: torch.dtype) -> Any:
+        """The same, whatever tensors the folder has."""
         from transformers import AutoModelForCausalLM
 
         with parameters_on_meta():
             model: Any = AutoModelForCausalLM.from_config(
-                self.config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+                self.config, dtype=dtype, trust_remote_code=self.trust_remote_code
             )
-        model.eval().requires_grad_(False)
+        return model.eval().requires_grad_(False)
+
+    def check(self, model: Any) -> None:
+        """Raise :class:`ConfigError` where the folder lacks a tensor of a model."""
         known = self.files.keys() | self.tied(model).keys()
         lacking = [name for name in model.state_dict() if name not in known]
         if lacking:
@@ -140,12 +152,22 @@ class Folder:
                 f"{self.path}: no tensor {lacking[0]} of {type(model).__name__}; models that "
                 "transformers stores under other names, such as experts, are not supported"
             )
-        return model
 
     def tied(self, model: Any) -> dict[str, str]:
         """Parameters that the folder leaves out, each with the one that it is."""
         ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         return {name: source for name, source in ties.items() if name not in self.files}
+
+    def pour(self, model: Any, names: Iterable[str], dtype: torch.dtype | None = None) -> None:
+        """Fill the parameters and buffers of these names; floating-point tensors in a dtype."""
+        fill(model, ((name, cast(self.get(name), dtype)) for name in names))
+        ties = self.tied(model).items()
+        fill(model, ((name, cast(self.get(other), dtype)) for name, other in ties))
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Floating-point tensors in a dtype; others, and all with None, as they are."""
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,12 @@ from .activations import Input, TokenInput, from_clips
 from .card import card
 from .compressed import (
     QuantizedWeights,
-    cast,
     input_tensors,
     section,
     weight_from,
     weight_tensors,
 )
-from .folder import Folder, empty, fill
+from .folder import Folder, cast, empty, fill
 from .layers import Passes, batches_of, decoder_layers
 from .marker import SECTION
 from .quantize import (
@@ -154,7 +153,8 @@ def run(model: Any, inputs: Mapping[str, Input | None], job: Job, state: State, 
     names = [name for name in model.state_dict() if name in source.files]
     outside = [name for name in names if not name.startswith(prefix + ".")]
     fill(model, _read(job, outside))
-    fill(model, ((name, source.get(other).float()) for name, other in source.tied(model).items()))
+    ties = source.tied(model)
+    fill(model, zip(ties, (tensor for _, tensor in _read(job, ties.values())), strict=True))
     ids = job.calibration_ids
     batches = batches_of(ids) if gptq and ids is not None else []
     device = None if job.device == "cpu" else job.device
@@ -181,7 +181,7 @@ def run(model: Any, inputs: Mapping[str, Input | None], job: Job, state: State, 
         return passes.logits().float()
 
 
-def _read(job: Job, names: list[str]) -> Any:
+def _read(job: Job, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     return ((name, cast(cast(job.source.get(name), job.dtype), torch.float32)) for name in names)
 
 

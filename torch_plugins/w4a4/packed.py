@@ -1,0 +1,163 @@
+"""Quantized folders in four bits of memory: what ``quantize`` wrote, for inference.
+
+compressed-tensors unpacks all weights before the first forward pass. Here they stay packed, and a
+linear layer is one operator, :func:`torch_plugins.ops.int4.w4a4_linear`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..feature import ConfigError
+from ..ops.int4 import unpack_int4, w4a4_linear
+from ..weight_quant import Quantized
+from .compressed import BITS, FORMAT, INPUT_SCALE, INPUT_ZERO, PACKED, SCALE, SHAPE
+from .folder import Folder
+from .marker import SECTION
+
+
+class W4A4Linear(nn.Module):
+    """``y = Q(W) Q(x) + b`` with four-bit weights in memory; has no gradient.
+
+    Buffers: ``weight_packed`` uint8 ``[O, ceil(I / 2)]``, ``weight_scale`` ``[O, G]``, ``bias``
+    ``[O]`` or None, ``input_scale`` and ``input_zero_point`` fp32 ``[1]``, or None.
+
+    Args:
+        inputs: ``static`` (scale and perhaps zero point), ``token``, or ``none``: weights only.
+        bits: of the inputs.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight_packed: Tensor,
+        weight_scale: Tensor,
+        in_features: int,
+        inputs: str,
+        bits: int = BITS,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, weight_packed.shape[0]
+        self.inputs, self.bits = inputs, bits
+        self.register_buffer("weight_packed", weight_packed)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("input_scale", input_scale)
+        self.register_buffer("input_zero_point", input_zero_point)
+        self.register_buffer("bias", bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.inputs == "none":
+            return F.linear(input, self.weight.to(input.dtype), self.bias)
+        return w4a4_linear(
+            input,
+            self.weight_packed,
+            self.weight_scale,
+            self.input_scale,
+            self.input_zero_point,
+            self.bias,
+            self.bits,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """``code * scale`` ``[O, I]``, made anew."""
+        codes = unpack_int4(self.weight_packed, self.in_features)
+        return Quantized(codes, self.weight_scale).dequantize()
+
+    def extra_repr(self) -> str:
+        groups = self.weight_scale.shape[1]
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, groups={groups}, inputs={self.inputs}, bits={self.bits}"
+
+
+def load_quantized(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
+    """The causal language model of a folder that ``quantize`` wrote, in eval mode.
+
+    Args:
+        dtype: of everything that is not quantized; None: the folder's.
+
+    Raises:
+        ConfigError: the folder is not such a one, or lacks a tensor.
+    """
+    source = Folder(Path(folder), trust_remote_code, quantized=True)
+    inputs, ignore = scheme(source)
+    dtype = dtype or getattr(source.config, "dtype", None) or torch.float32
+    model = source.build(dtype)
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and name not in ignore:
+            model.set_submodule(name, _linear(source, name, linear, inputs, dtype))
+    source.check(model)
+    packed = {name for name, module in model.named_modules() if isinstance(module, W4A4Linear)}
+    names = source.files.keys() & model.state_dict().keys()
+    source.pour(model, sorted(n for n in names if n.rpartition(".")[0] not in packed), dtype)
+    model.to(device)
+    model.save_pretrained = _refuse
+    return model
+
+
+def scheme(source: Folder) -> tuple[dict[str, Any] | None, set[str]]:
+    """Arguments of inputs, and the linear layers that are not quantized.
+
+    Raises:
+        ConfigError: not what ``quantize`` writes.
+    """
+    section = source.fields.get(SECTION) or {}
+    groups = list(section.get("config_groups", {}).values())
+    if section.get("format") != FORMAT or len(groups) != 1 or groups[0]["targets"] != ["Linear"]:
+        raise ConfigError(
+            f"{source.path}: {SECTION} is not that of python -m torch_plugins.w4a4 quantize; load "
+            "it with transformers"
+        )
+    weights, inputs = groups[0]["weights"], groups[0].get("input_activations")
+    if weights["num_bits"] != BITS or not weights["symmetric"]:
+        raise ConfigError(f"{source.path}: weights are not symmetric int4, but {weights}")
+    return inputs, set(section.get("ignore", ()))
+
+
+def _linear(
+    source: Folder,
+    name: str,
+    plain: nn.Linear,
+    inputs: Mapping[str, Any] | None,
+    dtype: torch.dtype,
+) -> W4A4Linear:
+    def get(part: str) -> Tensor | None:
+        return source.get(f"{name}.{part}") if f"{name}.{part}" in source.files else None
+
+    words, scale, shape = get(PACKED), get(SCALE), get(SHAPE)
+    if words is None or scale is None or shape is None:
+        raise ConfigError(f"{source.path}: no {name}.{PACKED}, {SCALE} and {SHAPE}")
+    columns = int(shape[1])
+    packed = words.view(torch.uint8)[:, : (columns + 1) // 2].contiguous()
+    kind = "none" if inputs is None else "token" if inputs["dynamic"] else "static"
+    if kind == "static" and get(INPUT_SCALE) is None:
+        raise ConfigError(f"{source.path}: no {name}.{INPUT_SCALE}")
+    bias = None if plain.bias is None else source.get(f"{name}.bias").to(dtype)
+    bits = BITS if inputs is None else inputs["num_bits"]
+    zero = get(INPUT_ZERO)
+    return W4A4Linear(packed, scale, columns, kind, bits, get(INPUT_SCALE), zero, bias)
+
+
+def _refuse(*args: Any, **kwargs: Any) -> None:
+    raise ConfigError("save_pretrained of a packed model: copy the folder that it was loaded from")
