@@ -132,6 +132,9 @@ class W4A4(Feature):
             for name in ("activation_bits", "weight_bits"):
                 remedy = f"grid {self.grid!r} has 4 bits"
                 self._require(name, getattr(self, name) in (0, 4), remedy)
+            fused = "nvfp4 has a scale for a whole weight, and hosts fuse weights differently"
+            both = self.grid == "nvfp4" and self.weight_bits
+            self._require("weight_bits", not both, f"{fused}; use mxfp4, or leave it out")
             remedy = f"grid {self.grid!r} has blocks of {BLOCKS[self.grid]}; leave it out"
             self._require("weight_group_size", self.weight_group_size == -1, remedy)
 

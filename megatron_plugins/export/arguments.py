@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_plugins import power_mup
 from megatron_plugins.arguments import features_of
 from megatron_plugins.refusals import Refusal
-from torch_plugins.config import ConfigError
+from torch_plugins.config import W4A4, ConfigError
+from torch_plugins.w4a4.marker import SECTION, marker
 
 if TYPE_CHECKING:
     from torch_plugins.hf import PluginDecoderConfig
@@ -117,7 +118,7 @@ def decoder_config(args: Namespace, vocab_size: int, dtype: str) -> PluginDecode
         fields: dict[str, Any] = power_mup.multipliers(args)
         features = features_of(args).items()
         fields |= {key: feature.to_dict() for key, feature in features if feature.has_section}
-        return PluginDecoderConfig(
+        config = PluginDecoderConfig(
             vocab_size=vocab_size,
             hidden_size=args.hidden_size,
             intermediate_size=args.ffn_hidden_size,
@@ -141,11 +142,22 @@ def decoder_config(args: Namespace, vocab_size: int, dtype: str) -> PluginDecode
             dtype=dtype,
             **fields,
         )
+        return mark(config, args)
     except AttributeError as error:
         raise ConfigError(
             f"the checkpoint's arguments have no {error.name!r}; it was saved by a Megatron "
             "outside of 0.17 to 0.20"
         ) from error
+
+
+def mark(config: PluginDecoderConfig, args: Namespace) -> PluginDecoderConfig:
+    """The configuration, which says what of the model's linear layers W4A4 quantizes."""
+    from .mapping import quantized_linears
+
+    feature = features_of(args).get(W4A4.key())
+    if feature is not None and (feature.activation_bits or feature.weight_bits):
+        setattr(config, SECTION, marker(feature, quantized_linears(config, args)))
+    return config
 
 
 def _activation(args: Namespace) -> str:

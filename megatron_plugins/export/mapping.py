@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torch_plugins.config import ConfigError
+from megatron_plugins.arguments import features_of
+from torch_plugins.config import W4A4, ConfigError
 
 from .checkpoint import Checkpoint
 
@@ -81,7 +82,46 @@ def rotation_order(config: PluginDecoderConfig) -> Tensor:
     return torch.cat((even, even + 1, torch.arange(rotated, config.head_dim)))
 
 
-def _layer_rules(config: PluginDecoderConfig, args: Namespace, layer: int) -> Iterator[Rule]:
+def layer_rules(config: PluginDecoderConfig, args: Namespace, layer: int) -> Iterator[Rule]:
+    """What lies in a layer: its weights, and clips beside those of quantized linears."""
+    feature = features_of(args).get(W4A4.key())
+    for rule in _weight_rules(config, args, layer):
+        yield rule
+        linear = rule.source.removesuffix(".weight")
+        if feature is not None and feature.learned and is_quantized(feature, layer, rule):
+            for clip in ("clip_high",) if feature.symmetric else ("clip_high", "clip_low"):
+                end = f".input_quantizer.{clip}"
+                targets = tuple(name.removesuffix(".weight") + end for name in rule.targets)
+                yield Rule(linear + end, targets, (1,), _same_for(len(targets)))
+
+
+def is_quantized(feature: W4A4, layer: int, rule: Rule) -> bool:
+    """Whether a tensor is the weight of a linear that W4A4 selects."""
+    linear = rule.source.removesuffix(".weight")
+    is_weight = len(rule.shape) == 2 and linear != rule.source
+    return is_weight and feature.selects(f"decoder.layers.{layer}.{linear}")
+
+
+def quantized_linears(config: PluginDecoderConfig, args: Namespace) -> list[str]:
+    """Names of the exported linear layers that W4A4 quantizes."""
+    feature = features_of(args).get(W4A4.key())
+    if feature is None:
+        return []
+    return [
+        f"model.layers.{layer}.{target.removesuffix('.weight')}"
+        for layer in range(config.num_hidden_layers)
+        for rule in _weight_rules(config, args, layer)
+        if is_quantized(feature, layer, rule)
+        for target in rule.targets
+    ]
+
+
+def _same_for(count: int) -> Convert:
+    """Clips of an input that several linears of the exported model have."""
+    return lambda tensor: tuple(tensor.clone() for _ in range(count))
+
+
+def _weight_rules(config: PluginDecoderConfig, args: Namespace, layer: int) -> Iterator[Rule]:
     width, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     yield from _norm_rules("self_attention.linear_qkv.layer_norm_", "input_layernorm", config, args)
@@ -272,7 +312,7 @@ class HFTensors(Mapping[str, Tensor]):
         for source, rule in outside.items():
             yield source, None, rule, ""
         for layer in range(config.num_hidden_layers):
-            for rule in _layer_rules(config, args, layer):
+            for rule in layer_rules(config, args, layer):
                 yield *self._layer_key(rule.source, layer), rule, f"model.layers.{layer}."
         if head is not None:
             yield head.source, None, head, ""
@@ -298,6 +338,11 @@ class HFTensors(Mapping[str, Tensor]):
         tensor = self._recent[1][index]
         if not torch.isfinite(tensor).all():
             raise ConfigError(f"{key}: infinite or NaN values; the run has diverged")
+        if name.endswith("input_quantizer.clip_high") and not tensor.any():
+            raise ConfigError(
+                f"{key}: 0, so not measured yet: the run ended before its first quantized "
+                f"iteration ({W4A4.spelled('start_iteration')})"
+            )
         converted = tensor.to(self.dtype or tensor.dtype)
         if not torch.isfinite(converted).all():
             raise ConfigError(f"{key}: too large for {self.dtype}; use --dtype keep or fp32")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import megatron_plugins  # noqa: F401  (arms the plugins)
+from torch_plugins.w4a4.quantizer import Mode, quantizers_of, set_mode
 
 PLAIN: dict[str, Any] = {
     "tensor_model_parallel_size": 1,
@@ -155,8 +156,9 @@ def start() -> str:
     return f"Megatron-Core {release} on the {'GPU' if gpu else 'CPU backend'}"
 
 
-def answer(request: dict[str, Any]) -> Tensor:
-    """fp32 logits ``[B, S, vocab]`` for one request, without the vocabulary's padding."""
+def answer(request: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """fp32 logits ``[B, S, vocab]`` for one request, without the vocabulary's padding: with plain
+    inputs of all linear layers, and with quantized ones where W4A4 has them."""
     model = build(restored_arguments(request["args"]), request["padded_vocab_size"]).cuda().eval()
     load(model, request["checkpoint"])
     if request["dtype"] is not None:
@@ -166,16 +168,24 @@ def answer(request: dict[str, Any]) -> Tensor:
     length = ids.shape[1]
     positions = torch.arange(length, device="cuda").expand_as(ids)
     future = torch.ones(length, length, dtype=torch.bool, device="cuda").triu(1)[None, None]
-    with torch.no_grad():
-        logits: Tensor = model(ids, positions, future)
-    return logits[..., : request["vocab_size"]].float().cpu().contiguous()
+    quantizers = quantizers_of(model).values()
+
+    def logits(mode: Mode) -> Tensor:
+        set_mode(quantizers, mode)
+        with torch.no_grad():
+            found: Tensor = model(ids, positions, future)
+        return found[..., : request["vocab_size"]].float().cpu().contiguous()
+
+    return logits(Mode.OFF), logits(Mode.QUANTIZE) if quantizers else None
 
 
 def main(request_files: Sequence[str]) -> None:
     against = start()
     for file in request_files:
         request = json.loads(Path(file).read_text())
-        torch.save({"logits": answer(request), "against": against}, request["logits"])
+        logits, quantized = answer(request)
+        found = {"logits": logits, "quantized": quantized, "against": against}
+        torch.save(found, request["logits"])
     torch.distributed.destroy_process_group()
 
 

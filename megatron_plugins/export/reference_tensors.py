@@ -64,6 +64,8 @@ class ReferenceTensors(Mapping[str, Tensor]):
         if module == "post_attention_layernorm":
             return self._norm(index, "mlp.linear_fc1", "pre_mlp_layernorm", end)
         projection = rest[0]
+        if "input_quantizer" in rest:
+            return self._layer(index, f"{self._linear(projection)}.input_quantizer.{end}")
         if projection == "router":
             block = "mlp" if module == "mlp" else "self_attention"
             return self._layer(index, ".".join((block, *rest)))
@@ -81,6 +83,17 @@ class ReferenceTensors(Mapping[str, Tensor]):
             norm = self._layer(index, f"self_attention.{projection[0]}_layernorm.{end}")
             return norm if norm is None else norm[self._turned()]
         return self._heads(index, projection[0], end)
+
+    def _linear(self, projection: str) -> str:
+        """Megatron's linear that computes a projection."""
+        if projection in ("k_proj", "v_proj") and self.separate:
+            return "self_attention.linear_kv"
+        return {
+            "o_proj": "self_attention.linear_proj",
+            "gate_proj": "mlp.linear_fc1",
+            "up_proj": "mlp.linear_fc1",
+            "down_proj": "mlp.linear_fc2",
+        }.get(projection, "self_attention.linear_qkv")
 
     def _global(self, key: str) -> Tensor | None:
         return self.checkpoint.read(key) if key in self.checkpoint.tensors else None

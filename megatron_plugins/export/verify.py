@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch_plugins import reference
 from torch_plugins.export.proof import (
     SECONDS,
     Verdict,
+    check_quantized,
     folder_logits,
     last_line,
     random_ids,
@@ -25,6 +27,7 @@ from torch_plugins.export.proof import (
     tolerance,
     with_all_experts,
 )
+from torch_plugins.w4a4.marker import SECTION, marker, read
 
 from .checkpoint import Checkpoint
 from .reference_tensors import ReferenceTensors
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from torch_plugins.hf import PluginDecoderConfig
 
 Say = Callable[[str], None]
+Expected = tuple[Tensor, Tensor | None]
+"""Logits with plain inputs of linear layers, and with quantized ones where W4A4 has them."""
 
 
 def verify(
@@ -46,7 +51,8 @@ def verify(
 
     The trained model is Megatron's own, loaded by Megatron from the checkpoint, where that runs on
     this machine; else the naive reference on the checkpoint's tensors. All experts are computed,
-    whatever inference keeps: nearly equal scores could be chosen differently.
+    whatever inference keeps: nearly equal scores could be chosen differently. For the same reason
+    W4A4's models are compared twice, tightly without the quantization of their inputs.
 
     Args:
         dtype: weights were rounded to it; the trained model's are too, before the comparison.
@@ -55,13 +61,34 @@ def verify(
     expected, against = megatron_logits(checkpoint, config, input_ids, dtype, say)
     if expected is None:
         say("computing the logits of the naive reference")
-        tensors = ReferenceTensors(checkpoint, config, dtype)
-        expected = reference.logits(tensors, with_all_experts(config), input_ids)
+        expected = reference_logits(checkpoint, config, input_ids, dtype)
         against = "the naive reference on the checkpoint's tensors"
+    plain, quantized = expected
     say("computing the logits of the written folder")
-    found = folder_logits(folder, input_ids, all_experts=True)
-    difference = (found - expected).abs().max().item()
-    return Verdict(against, difference, tolerance(config, expected))
+    found = folder_logits(folder, input_ids, all_experts=True, quantized=False)
+    difference = (found - plain).abs().max().item()
+    if quantized is not None:
+        found = folder_logits(folder, input_ids, all_experts=True)
+        against = f"{against}; {check_quantized(found, quantized, plain)}"
+    return Verdict(against, difference, tolerance(config, plain))
+
+
+def reference_logits(
+    checkpoint: Checkpoint, config: PluginDecoderConfig, input_ids: Tensor, dtype: Any
+) -> Expected:
+    """Logits of the naive reference on the checkpoint's tensors."""
+    tensors, fields = ReferenceTensors(checkpoint, config, dtype), with_all_experts(config)
+    section = fields.pop(SECTION, None)
+    if section is None:
+        return reference.logits(tensors, fields, input_ids), None
+    quantized = reference.logits(tensors, {**fields, SECTION: section}, input_ids)
+    feature, modules = read(section)
+    if not feature.activation_bits:
+        return quantized, None
+    weights = replace(feature, activation_bits=0) if feature.weight_bits else None
+    if weights is not None:
+        fields |= {SECTION: marker(weights, modules)}
+    return reference.logits(tensors, fields, input_ids), quantized
 
 
 def megatron_logits(
@@ -70,7 +97,7 @@ def megatron_logits(
     input_ids: Tensor,
     dtype: torch.dtype | None,
     say: Say,
-) -> tuple[Tensor | None, str]:
+) -> tuple[Expected | None, str]:
     """Logits of Megatron's GPTModel in a process of its own, or None where that does not run."""
     if not _installed("megatron.core") or not _installed("megatron.training"):
         say("Megatron is not installed")
@@ -89,7 +116,7 @@ def megatron_logits(
             say(f"Megatron's model does not run here: {last_line(done)}")
             return None, ""
         result = torch.load(answer, weights_only=True)
-        return result["logits"], str(result["against"])
+        return (result["logits"], result["quantized"]), str(result["against"])
 
 
 def megatron_request(

@@ -44,9 +44,17 @@ USED: tuple[Symbol, ...] = (
         relies_on=("self_attn_bda", "mlp_bda", "cross_attention"),
     ),
     Symbol(
+        id="group-of-parameters",
+        targets=("megatron.core.optimizer.optimizer_config:ParamKey",),
+        feature="w4a4",
+        why="names the clips, whose learning rate may be a multiple of the others'",
+        remove_when="never: it is what upstream offers for this",
+        relies_on=("name",),
+    ),
+    Symbol(
         id="mup-group-keys",
         targets=("megatron.core.optimizer:optimizer",),
-        feature="power_mup",
+        feature="any",
         why="what identifies a parameter group in a checkpoint: in 0.17 and 0.18 not its rate",
         remove_when="0.18 leaves the window",
         relies_on=("param_group_identifier_keys",),

@@ -95,20 +95,25 @@ class Penalty:
         else:
             values = tuple(kurtosis(part) for part in parts)
         tokens, pairs, share = self._counts(values[0].numel())
+        copies = 1 if self._own_tokens() else self.group.size()
         for name, value, term in zip(self.names, values, self.terms, strict=True):
             total = value.sum()
-            METER.add(name, [total.detach()], float(value.numel()))
+            METER.add(name, [total.detach() / copies], value.numel() / copies)
             output = auxiliary_loss.attach(output, total / pairs, term, self.config, tokens, share)
         return output
+
+    def _own_tokens(self) -> bool:
+        """Whether each process has tokens of its own, and not all of them."""
+        parallel = self.config.sequence_parallel and self.group.size() > 1
+        return self.experts_per_token is not None or (parallel and not self.column)
 
     def _counts(self, here: int) -> tuple[int, int, float]:
         """Tokens of the micro-batch, what the sum is divided by, and this process's share."""
         if self.experts_per_token is not None:
             tokens = self.micro.tokens
             return tokens, tokens * self.experts_per_token, 1.0
-        processes = self.group.size()
-        if not self.column and self.config.sequence_parallel and processes > 1:
-            return here * processes, here, 1 / processes
+        if self._own_tokens():
+            return here * self.group.size(), here, 1 / self.group.size()
         return here, here, 1.0
 
     def _gather(self, own: Tensor) -> Tensor:

@@ -40,7 +40,14 @@ _OFF = "use --w4a4-kurtosis-weight 0"
 REFUSED: tuple[Refusal, ...] = (
     Refusal("--fp8-format", on("fp8"), _PRECISION),
     Refusal("--fp4-format", on("fp4"), _PRECISION),
-    Refusal("--use-kitchen", on("use_kitchen", "kitchen_config_file"), _PRECISION),
+    Refusal(
+        "--kitchen-config-file",
+        lambda args: any(
+            on(name)(args)
+            for name in ("use_kitchen", "kitchen_config_file", "kitchen_recipe_number")
+        ),
+        _PRECISION,
+    ),
     Refusal("--modelopt-enabled", on("modelopt_enabled"), _PRECISION),
     Refusal(
         "gradient accumulation fusion",

@@ -61,6 +61,11 @@ CASES = {
     "--dsmoe-ffn-hidden-size 24 --dsmoe-router linear --cla-sharing-factor 2",
     "experts-gated-tp2": LLAMA + TP2 + GQA + "--dsmoe-gated --dsmoe-num-experts 4 "
     "--dsmoe-ffn-hidden-size 24 --dsmoe-router linear --dsmoe-inference top-k --dsmoe-top-k 2",
+    "w4a4-tp2": LLAMA + TP2 + GQA + "--w4a4",
+    "w4a4-ladder-cla-pp2": PP2 + "--w4a4 "
+    "--cla-sharing-factor 2 --cla-kv-norm separate --ladder-residual --w4a4-symmetric "
+    "--w4a4-weight-bits 4 --w4a4-modules !*linear_fc1,!*.3.* --position-embedding-type rope "
+    "--no-gradient-accumulation-fusion",
     "ladder-spec-tp2": LLAMA + TP2 + "--spec megatron_plugins.specs ladder_gpt_layer_spec",
 }
 """Name -> flags, on top of ``tests.megatron.harness.TINY``: 4 layers, width 64, 255 tokens."""
@@ -114,7 +119,12 @@ def megatron(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         (place / f"{name}.json").write_text(json.dumps(request))
     done = verify.ask_megatron(*(place / f"{name}.json" for name in CASES))
     assert done.returncode == 0, done.stderr
-    return {name: torch.load(place / f"{name}.pt")["logits"] for name in CASES}
+    found = {name: torch.load(place / f"{name}.pt") for name in CASES}
+    quantized = {name: answer["quantized"] for name, answer in found.items()}
+    return {
+        name: answer["logits"] if quantized[name] is None else quantized[name]
+        for name, answer in found.items()
+    }
 
 
 @pytest.fixture

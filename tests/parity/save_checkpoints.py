@@ -35,7 +35,10 @@ def enlarge(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         value = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() == 1:
+        if ".input_quantizer." in name:
+            side = -1 if name.endswith("low") else 1
+            parameter.data = ((2 + 0.3 * value) * side).to(parameter)
+        elif parameter.dim() == 1:
             parameter.data = (value * 0.3 + ("norm" in name and name.endswith("weight"))).to(
                 parameter
             )

@@ -16,6 +16,7 @@ EXPERTS = "--dsmoe-gated --dsmoe-num-experts 4 --dsmoe-ffn-hidden-size 24 "
 CASES = {
     "rmsnorm": LLAMA + TP2 + GQA,
     "layernorm": TP2,
+    "w4a4": LLAMA + TP2 + GQA + "--w4a4",
     "experts": LLAMA + TP2 + EXPERTS + "--dsmoe-attention-experts 2",
 }
 

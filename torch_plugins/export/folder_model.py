@@ -1,8 +1,8 @@
 """Logits of a Hugging Face folder, as a user loads it.
 
-``python -m torch_plugins.export.folder_model FOLDER IDS.pt LOGITS.pt [all-experts]`` runs the code
-that the folder carries: in a process that knows our package, transformers would take the package's
-instead. Of W4A4, whose folders carry no code, it is the package's in any case.
+``python -m torch_plugins.export.folder_model FOLDER IDS.pt LOGITS.pt [all-experts] [plain]`` runs
+the code that the folder carries: in a process that knows our package, transformers would take the
+package's instead. Of W4A4, whose folders carry no code, it is the package's in any case.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from torch import Tensor
 
 from ..config import W4A4
 from ..seams import huggingface, patch
+from ..w4a4.quantizer import Mode, quantizers_of, set_mode
 
 
-def logits(folder: Path, input_ids: Tensor, all_experts: bool = False) -> Tensor:
+def logits(
+    folder: Path, input_ids: Tensor, all_experts: bool = False, quantized: bool = True
+) -> Tensor:
     """fp32 logits ``[B, S, vocab]`` through ``AutoModelForCausalLM``.
 
     Args:
         all_experts: compute every expert of DS-MoE, whatever the folder says of inference.
+        quantized: quantize the inputs that W4A4 does.
 
     Raises:
         ValueError: the folder lacks a tensor of the model, or holds another; transformers would
@@ -41,6 +45,8 @@ def logits(folder: Path, input_ids: Tensor, all_experts: bool = False) -> Tensor
     wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
     if wrong:
         raise ValueError(f"the tensors do not fit the model: {wrong}")
+    if not quantized:
+        set_mode(quantizers_of(model).values(), Mode.OFF)
     with torch.no_grad():
         found: Tensor = model.eval()(input_ids=input_ids).logits.float()
     return found
@@ -58,9 +64,10 @@ def choose_all(config: Any) -> None:
         config.num_experts_per_tok = config.num_experts
 
 
-def main(folder: str, ids_file: str, logits_file: str, experts: str = "") -> None:
+def main(folder: str, ids_file: str, logits_file: str, *choice: str) -> None:
     ids = torch.load(ids_file, weights_only=True)
-    torch.save(logits(Path(folder), ids, experts == "all-experts"), logits_file)
+    found = logits(Path(folder), ids, "all-experts" in choice, "plain" not in choice)
+    torch.save(found, logits_file)
 
 
 if __name__ == "__main__":

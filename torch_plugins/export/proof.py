@@ -73,19 +73,48 @@ def with_all_experts(config: PluginDecoderConfig) -> dict[str, Any]:
     return everything.to_dict()
 
 
-def folder_logits(folder: Path, input_ids: Tensor, all_experts: bool = False) -> Tensor:
+OF_QUANTIZATION = 0.05
+"""Most that two quantized models may differ, as a share of what quantization changes: of two that
+differ in the last bit, an input next to the border of two levels is rounded to either."""
+
+
+def check_quantized(found: Tensor, expected: Tensor, plain: Tensor) -> str:
+    """Compare the logits of two quantized models whose weights are known to be equal.
+
+    Args:
+        found, expected: the logits of both.
+        plain: those without quantization.
+
+    Returns:
+        What was found.
+
+    Raises:
+        VerificationError: they are too far apart, or not numbers.
+    """
+    difference = (found - expected).abs().mean().item()
+    change = (expected - plain).abs().mean().item()
+    told = f"quantized: mean difference {difference:.3g}, quantization changes {change:.3g}"
+    if not difference <= OF_QUANTIZATION * change:
+        raise VerificationError(f"the exported model's quantized logits differ: {told}")
+    return told
+
+
+def folder_logits(
+    folder: Path, input_ids: Tensor, all_experts: bool = False, quantized: bool = True
+) -> Tensor:
     """fp32 logits of a folder; one that carries code runs it, in a process without our package's.
 
     Args:
         all_experts: compute every expert of DS-MoE: a proof of the weights that no choice between
             nearly equal scores can upset.
+        quantized: quantize what W4A4 does in the folder's model; off, another proof of the weights.
 
     Raises:
         VerificationError: the folder does not load, or not completely.
     """
     if "auto_map" not in json.loads((folder / "config.json").read_text()):
         try:
-            return folder_model.logits(folder, input_ids, all_experts)
+            return folder_model.logits(folder, input_ids, all_experts, quantized)
         except ValueError as error:
             raise VerificationError(f"the written folder is not whole: {error}") from error
     with tempfile.TemporaryDirectory() as place:
@@ -93,6 +122,7 @@ def folder_logits(folder: Path, input_ids: Tensor, all_experts: bool = False) ->
         torch.save(input_ids, ids)
         alone = {"HF_MODULES_CACHE": place, "TORCH_PLUGINS_DISABLE": "1"}
         choice = ["all-experts"] if all_experts else []
+        choice += [] if quantized else ["plain"]
         done = run_module(f"{__package__}.folder_model", folder, ids, answer, *choice, **alone)
         if done.returncode:
             raise VerificationError(f"the written folder does not load: {last_line(done)}")
