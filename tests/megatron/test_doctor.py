@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
+from deepspeed_plugins.seams import ledger as deepspeed_ledger
 from megatron_plugins import doctor
 from megatron_plugins.seams.ledger import HOOKS, USED
-from torch_plugins.seams import patch
+from torch_plugins.seams import huggingface, patch
 from torch_plugins.seams.symbol import Symbol
 
 
@@ -47,7 +48,8 @@ def test_disabled(monkeypatch, capsys):
     try:
         assert doctor.main(["--json"]) == 0
     finally:
-        patch.arm(HOOKS)
+        for hooks in (HOOKS, deepspeed_ledger.HOOKS, huggingface.HOOKS):  # all were undone
+            patch.arm(hooks)
     report = json.loads(capsys.readouterr().out)
     assert report["activation"]["MEGATRON_PLUGINS_DISABLE"] == "1"
     assert {row["state"] for row in report["hooks"]} == {"found"}

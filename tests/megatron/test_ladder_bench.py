@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+pytestmark = pytest.mark.quiet
+
 BENCH = Path(__file__).resolve().parents[2] / "examples" / "ladder_residual" / "bench"
 
 
