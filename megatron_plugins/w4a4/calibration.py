@@ -39,6 +39,8 @@ class Calibration:
             dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)
         self.waiting = bool(everywhere)
         """Whether clips anywhere wait for percentiles."""
+        self.iteration = 0
+        """The next one."""
 
     def set_mode(self, iteration: int) -> Mode:
         mode = mode_at(self.feature, iteration, self.waiting)
@@ -133,6 +135,7 @@ def prepare(model: Sequence[nn.Module], feature: W4A4, iteration: int) -> Calibr
     """Find a model's quantizers and let them do what the iteration asks for."""
     STATE.clear()
     found = STATE[id(model[0])] = Calibration(model, feature)
+    found.iteration = iteration
     found.set_mode(iteration)
     return found
 
@@ -144,12 +147,15 @@ def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if feature is None:
         return original(*args, **kwargs)
     model = inspect.signature(original).bind(*args, **kwargs).arguments["model"]
-    found = STATE.get(id(model[0])) or prepare(model, feature, run.curr_iteration)
-    mode = found.set_mode(run.curr_iteration)
+    found = STATE.get(id(model[0])) or prepare(model, feature, run.iteration)
+    # Megatron's own loop tells; a script that calls the step by itself counts from its start.
+    iteration = getattr(run, "curr_iteration", found.iteration)
+    found.iteration = iteration + 1
+    mode = found.set_mode(iteration)
     result = original(*args, **kwargs)
-    if (run.curr_iteration + 1) % run.log_interval == 0:
+    if found.iteration % run.log_interval == 0:
         found.check_order()
     if mode is Mode.OBSERVE:
         found.finish()
-        set_mode(found.quantizers.values(), mode_at(feature, run.curr_iteration + 1, False))
+    found.set_mode(found.iteration)
     return result

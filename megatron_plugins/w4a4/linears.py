@@ -75,7 +75,8 @@ def _convert(
             f"{W4A4.flag()}: {full_name} contains the norm, and what it multiplies cannot be "
             "quantized; use Megatron's own GPT layers, where the two are taken apart"
         )
-    group = linear.tp_group if hasattr(linear, "tp_group") else linear._tp_group
+    # TransformerEngine's linears keep Megatron's group beside their own attribute of that name.
+    group = linear._tp_group if hasattr(linear, "_tp_group") else linear.tp_group
     width = linear.weight.shape[1]
     check_blocks(feature, width, full_name)
     parts = not column and group.size() > 1

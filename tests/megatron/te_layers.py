@@ -50,7 +50,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from torch_plugins.config import CrossLayerAttention, DenseMoE, LadderResidual, PowerMup
+from torch_plugins.config import W4A4, CrossLayerAttention, DenseMoE, LadderResidual, PowerMup
 
 
 def build(
@@ -113,6 +113,34 @@ def expert_shards(te: bool) -> dict[str, list[int]]:
     return {shard.key: list(shard.local_shape) for shard in shards if hasattr(shard, "local_shape")}
 
 
+def quantized() -> dict[str, Any]:
+    """Layers whose linears quantize their inputs, and stock ones."""
+    model, stock = build(False, features={"w4a4": W4A4(clip_init=2)}), build(False, features={})
+    layer = model.decoder.layers[0]
+    linears = {
+        "qkv": layer.self_attention.linear_qkv,
+        "proj": layer.self_attention.linear_proj,
+        "fc1": layer.mlp.linear_fc1,
+        "fc2": layer.mlp.linear_fc2,
+    }
+    clips = [p for n, p in model.named_parameters() if "clip" in n]
+
+    def keys(model: GPTModel) -> list[str]:
+        shards = model.sharded_state_dict().values()
+        return sorted(shard.key for shard in shards if hasattr(shard, "local_shape"))
+
+    return {
+        "classes": {name: type(linear).__mro__[1].__name__ for name, linear in linears.items()},
+        "columns": [name for name, linear in linears.items() if linear.penalty.column],
+        "projections": [len(linear.penalty.names) for linear in linears.values()],
+        "reduced": [name for name, linear in linears.items() if linear.input_quantizer.reduce],
+        "norms": [type(layer.input_layernorm).__name__, type(layer.pre_mlp_layernorm).__name__],
+        "summed clips": [len(clips), sum(p.sequence_parallel for p in clips)],
+        "keys": keys(model),
+        "stock keys": keys(stock),
+    }
+
+
 def stock_keys() -> list[str]:
     """Of a stock MoE layer of TransformerEngine's spec, its experts one by one."""
     spec = get_gpt_layer_with_transformer_engine_spec(num_experts=4, moe_grouped_gemm=False)
@@ -147,6 +175,7 @@ def main(output: str) -> None:
         "experts": expert_shards(te=True),
         "experts, local layers": expert_shards(te=False),
         "stock experts": stock_keys(),
+        "quantized": quantized(),
     }
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(found))

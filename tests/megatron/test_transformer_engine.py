@@ -77,3 +77,18 @@ def test_layers_with_experts(found: dict[str, Any]) -> None:
     of_mlp = {name for name in of_mlp if ".mlp." in name or "pre_mlp" in name}
     stock = {name for name in found["stock experts"] if not name.endswith("_extra_state")}
     assert of_mlp - {"decoder.layers.mlp.router.hidden.weight"} == stock
+
+
+def test_layers_that_quantize(found: dict[str, Any]) -> None:
+    """Norms stand apart, under the keys of the fused linears; clips are all that is new."""
+    case = found["quantized"]
+    column, row = "TEColumnParallelLinear", "TERowParallelLinear"
+    assert case["classes"] == {"qkv": column, "proj": row, "fc1": column, "fc2": row}
+    assert case["columns"] == ["qkv", "fc1"]
+    assert case["projections"] == [3, 1, 1, 1]
+    assert case["reduced"] == ["proj", "fc2"]
+    assert "IdentityOp" not in case["norms"]
+    assert case["summed clips"] == [16, 16]
+    clips = [key for key in case["keys"] if ".input_quantizer.clip_" in key]
+    assert len(clips) == 16
+    assert sorted({*case["keys"]} - {*clips}) == case["stock keys"]

@@ -71,6 +71,13 @@ EXPERTS_FLAGS = (
     "--dsmoe-num-experts 4 --dsmoe-attention-experts 2 --dsmoe-gated --dsmoe-router-hidden-size 32 "
     "--dsmoe-mi-weight-mlp 0.5 --dsmoe-mi-weight-attention 0.3 "
 )
+CLIPS = {"clip_init": 1, "kurtosis_weight": 0.1, "modules": "*o_proj,*down_proj"}
+CLIPS_FLAGS = (
+    "--w4a4 --w4a4-clip-init 1 --w4a4-kurtosis-weight 0.1 --w4a4-modules *linear_proj,*linear_fc2 "
+)
+"""Of linears that no host fuses: where one does, its clips are one pair for all that it fuses."""
+KURTOSIS = {"activation_bits": 0, "kurtosis_weight": 0.1}
+KURTOSIS_FLAGS = "--w4a4 --w4a4-activation-bits 0 --w4a4-kurtosis-weight 0.1 "
 SEPARATE = {"cross_layer_attention": {"pattern": "keep-ends", "kv_norm": "separate"}}
 
 
@@ -106,6 +113,8 @@ CASES = {
         PARTIAL | SEPARATE,
     ),
     "experts": Case(EXPERTS_FLAGS, section={"dense_moe": EXPERTS}),
+    "w4a4": Case(CLIPS_FLAGS, section={"w4a4": CLIPS}),
+    "kurtosis": Case(KURTOSIS_FLAGS + "--sequence-parallel ", section={"w4a4": KURTOSIS}),
     "power lr": Case(POWER_FLAGS, scheduler=POWER),
     "mup": Case(MUP_FLAGS, "granite", MUP, width_multiplier=4, std=0.5),
     "together": Case(
@@ -148,6 +157,17 @@ WRONG = {
         replace(CASES["experts"], section={"dense_moe": EXPERTS | {"mi_weight_attention": 0.31}}),
     ),
     "experts: off": ("experts", "names", replace(CASES["experts"], section={})),
+    "w4a4: other clips": (
+        "w4a4",
+        "loss",
+        replace(CASES["w4a4"], section={"w4a4": CLIPS | {"clip_init": 1.1}}),
+    ),
+    "w4a4: off": ("w4a4", "names", replace(CASES["w4a4"], section={})),
+    "kurtosis: one projection less": (
+        "kurtosis",
+        "gradients",
+        replace(CASES["kurtosis"], section={"w4a4": KURTOSIS | {"modules": "!*.3.*k_proj"}}),
+    ),
     "power lr: off": ("power lr", "rates", replace(CASES["power lr"], scheduler=None)),
     "power lr: length of a sequence": (
         "power lr",

@@ -37,10 +37,13 @@ from tests.parity.deepspeed_table import CASES, SEQUENCE, Case, command
 @torch.no_grad()
 def draw(model: nn.Module, std: float) -> None:
     """Weights large enough for every part to matter; what is replicated is one on all ranks. A norm
-    of keys and values starts as a copy of its layer's, as a conversion makes it."""
+    of keys and values starts as a copy of its layer's, as a conversion makes it, and clips where
+    the settings say."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     own, common = (torch.Generator().manual_seed(seed) for seed in (rank + 1, 100))
     for name, parameter in model.named_parameters():
+        if ".input_quantizer." in name:
+            continue
         shard = getattr(parameter, "tensor_model_parallel", False)
         value = torch.randn(parameter.shape, generator=own if shard else common)
         one = parameter.dim() == 1 and "norm" in name
