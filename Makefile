@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3 $$HOME/.pyenv/versions/
 RUN     = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 
-.PHONY: env transformer-engine test-matrix matrix-checkout demo bench-ladder compare-power-lr serve-check test check format clean
+.PHONY: env transformer-engine test-matrix matrix-checkout demo bench-ladder compare-power-lr serve-check gptq-check lm-eval-check test check format clean
 
 env: $(STAMP)
 
@@ -36,8 +36,11 @@ format: env
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+# JOBS=2: two processes share the tests, see tests/conftest.py; 0: one runs them all, as `pytest` does.
+JOBS ?= 0
+
 test: env transformer-engine
-	$(RUN) -m pytest tests $(ARGS)
+	$(RUN) -m pytest tests -n $(JOBS) $(ARGS)
 
 # TransformerEngine's Python half, beside the environment and never in it; see the test that uses it.
 TE_WHEELS = transformer-engine==2.20.2 transformer-engine-cu13==2.20.2 \
@@ -107,6 +110,28 @@ $(SERVE)/.vllm:
 
 $(SERVE)/.ready: $(SERVE)/.vllm pyproject.toml
 	$(SERVE)/bin/python -m pip install -q --no-deps -e .
+	@touch $@
+
+# Peers of W4A4's quantizer, each on top of $(VENV) with other versions of what it asks for.
+GPTQ_WHEELS = llmcompressor==0.14.0.1 compressed-tensors==0.19.0 transformers==5.17.0 "huggingface-hub>=1.3,<2" \
+	auto-round==0.15.1 datasets nvidia-ml-py pillow pyarrow pandas python-dateutil six dill multiprocess xxhash \
+	requests urllib3 charset-normalizer certifi httpx httpcore sniffio \
+	aiohttp aiohappyeyeballs aiosignal attrs frozenlist multidict propcache yarl
+
+gptq-check: .matrix/llmcompressor/.ready
+	$(RUN) -m pytest tests/hf/test_gptq_peer.py -s $(ARGS)
+
+.matrix/llmcompressor/.ready: PIP = --no-deps $(GPTQ_WHEELS)
+.matrix/lm-eval/.ready: PIP = lm-eval==0.4.13
+
+lm-eval-check: .matrix/lm-eval/.ready
+	$(RUN) -m pytest tests/hf/test_lm_eval.py $(ARGS)
+
+.matrix/llmcompressor/.ready .matrix/lm-eval/.ready: $(STAMP)
+	$(RUN) -m venv --without-pip $(@D)
+	echo "import site; site.addsitedir('$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$(echo $(@D)/lib/python*/site-packages)/base.pth
+	$(RUN) -m pip install -q --target $$(echo $(@D)/lib/python*/site-packages) $(PIP)
 	@touch $@
 
 clean:
