@@ -8,26 +8,27 @@ layers' inputs alone; a penalty on the kurtosis of their outputs alone; both. Al
 batches, and then are quantized in the same ways. It is done twice: with outliers planted in the
 model's residual stream, and as usual. The weight of the kurtosis is chosen with seed 0, the largest
 that costs little; the tables have other seeds. Prints them; writes ``experiment.json``,
-``outliers.png`` and ``perplexity.png``. ``--resume`` keeps the runs that an interrupted call has
-finished.
+``outliers.png``, ``perplexity.png``, and a model with clips as a Hugging Face folder. ``--resume``
+keeps the runs that an interrupted call has finished.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from experiment_arms import ARMS, QUICK, VARIANTS, Run, Settings, prepare_tokens, weighted
+from experiment_arms import ARMS, PLANTED, QUICK, Run, Settings, prepare_tokens, weighted
 from experiment_plot import draw_outliers, draw_perplexities
 from experiment_results import CHOICE, print_tables, summarise
 from experiment_training import train
 from torch import Tensor
 
-BESIDE = ("variants", "weights", "tolerance", "seeds")
+BESIDE = ("weights", "tolerance", "seeds")
 """Settings that say which runs there are, and not what a run is."""
 OUTPUT = Path(__file__).resolve().parents[2] / "out" / "w4a4"
 
@@ -40,7 +41,7 @@ class Runs:
     """Trainings, each written down when it ends.
 
     Args:
-        folder: of ``runs.jsonl``.
+        folder: of ``runs.jsonl``, ``tokenizer`` and ``model``.
         resume: start from the runs that are there already, if their settings are these, those of
             ``BESIDE`` excepted.
     """
@@ -61,12 +62,22 @@ class Runs:
         missing = [run for run in runs if run not in self.done]
         for number, run in enumerate(missing):
             tell(f"run {number + 1} of {len(missing)}: {run}")
-            found = train(self.settings, run, self.data, tell)
+            found = train(self.settings, run, self.data, tell, self._folder(run))
             self.done[run] = found
             line = {"run": asdict(run), "found": found, "settings": self.identity}
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             tell(f"{run}: {CHOICE} {found['perplexities'][CHOICE]:.2f}, {found['seconds']:.0f} s")
+
+    def _folder(self, run: Run) -> Path | None:
+        """Where the model is saved: of the method, with the first seed, the last variant."""
+        variant, seeds = self.settings.seeds[-1]
+        kept = Run(variant, "both", run.weight, seeds[0])
+        if run != kept:
+            return None
+        folder = self.path.with_name("model")
+        shutil.copytree(self.path.with_name("tokenizer"), folder, dirs_exist_ok=True)
+        return folder
 
 
 def perform(settings: Settings, runs: Runs) -> float:
@@ -76,7 +87,7 @@ def perform(settings: Settings, runs: Runs) -> float:
         The weight that is chosen: the largest that costs little, for outliers do not show in the
         perplexity of one way to quantize.
     """
-    tried = [Run(VARIANTS[0], "both", weight, 0) for weight in settings.weights]
+    tried = [Run(PLANTED, "both", weight, 0) for weight in settings.weights]
     if len(tried) > 1:
         runs.of(tried)
     weight = chosen({run.weight: runs.done[run] for run in tried if run in runs.done}, settings)
@@ -97,8 +108,8 @@ def counted(settings: Settings, weight: float) -> list[Run]:
     """The runs of the tables."""
     return [
         Run(variant, arm, weight if weighted(arm) else 0.0, seed)
-        for seed in settings.seeds
-        for variant in settings.variants
+        for variant, seeds in settings.seeds
+        for seed in seeds
         for arm in ARMS
     ]
 
@@ -123,7 +134,7 @@ def main() -> None:
     draw_outliers(settings, rows, output / "outliers.png")
     draw_perplexities(settings, rows, output / "perplexity.png")
     print_tables(settings, rows, runs.done)
-    print(f"written: {output}/experiment.json, outliers.png, perplexity.png")
+    print(f"written: {output}/experiment.json, outliers.png, perplexity.png, model")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "ladder_residual"))
 
 ARMS = ("baseline", "inputs", "outputs", "both")
 """Nothing; learned clips of the inputs; kurtosis of the outputs; the method, which has both."""
-VARIANTS = ("planted", "natural")
-"""With residual channels that start much larger than the others; and as usual."""
+PLANTED = "planted"
+"""The variant whose residual stream has channels that start much larger than the others."""
 RESIDUAL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """Kinds of linear layers that read the residual stream, through a norm."""
 INNER = ("o_proj", "down_proj")
@@ -41,13 +41,12 @@ class Settings:
     batch_size: int = 4
     steps: int = 600
     rate: float = 3e-3
-    variants: tuple[str, ...] = VARIANTS
     weights: tuple[float, ...] = (1e-5, 1e-4, 1e-3)
     """Of the kurtosis. Tried in the arm with both, planted, with seed 0."""
     tolerance: float = 0.01
     """The largest weight is chosen whose perplexity is at most this share above the best."""
-    seeds: tuple[int, ...] = (1, 2)
-    """Of the runs that count, so that the luck of seed 0 is not in the result."""
+    seeds: tuple[tuple[str, tuple[int, ...]], ...] = ((PLANTED, (1, 2)), ("natural", (1,)))
+    """Variants, and the seeds of their runs that count: the luck of seed 0 is not in the result."""
     probes: tuple[float, ...] = (0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1)
     """When outliers are measured, as shares of the steps."""
     probe_sequences: int = 8
@@ -56,6 +55,10 @@ class Settings:
     percentiles: tuple[float, ...] = (99.0, 99.9, 100.0)
     """For static clips of arms without learned ones; the best by the loss on calibration text."""
     documents: int | None = None
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return tuple(variant for variant, _ in self.seeds)
 
     @property
     def start(self) -> int:
@@ -77,9 +80,8 @@ QUICK = Settings(
     batch_size=8,
     steps=60,
     rate=1e-2,
-    variants=("planted",),
     weights=(1e-2,),
-    seeds=(1,),
+    seeds=((PLANTED, (1,)),),
     probes=(0, 0.5, 1),
     calibration_sequences=16,
     validation_sequences=32,

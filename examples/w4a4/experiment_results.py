@@ -141,9 +141,10 @@ _SHORT = {"W16A16": "fp32, fp32", "W4A4 static RTN": CHOICE}
 def _perplexities(settings: Settings, variant: str, rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
+    seeds = dict(settings.seeds)[variant]
     table = Table(
         title=f"{variant}: {settings.layers} layers of {settings.hidden_size}, "
-        f"{settings.tokens:,} tokens, seeds {', '.join(map(str, settings.seeds))}"
+        f"{settings.tokens:,} tokens, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     )
     table.add_column("arm", no_wrap=True)
     for column in COLUMNS:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from experiment_arms import Run, Settings, feature_of, sequences
+from experiment_arms import PLANTED, Run, Settings, feature_of, sequences
 from experiment_measure import outliers, perplexities, weights_of
 from torch import Tensor, nn
 
@@ -32,6 +33,8 @@ def build(settings: Settings) -> Any:
             max_position_embeddings=settings.sequence_length,
             initializer_range=settings.init_std,
             tie_word_embeddings=False,
+            bos_token_id=0,
+            eos_token_id=0,
             use_cache=False,
         )
     )
@@ -125,9 +128,16 @@ def fit(
 
 
 def train(
-    settings: Settings, run: Run, data: dict[str, Tensor], tell: Callable[[str], None]
+    settings: Settings,
+    run: Run,
+    data: dict[str, Tensor],
+    tell: Callable[[str], None],
+    save: Path | None = None,
 ) -> dict[str, Any]:
     """Train on one thread, and quantize in every way.
+
+    Args:
+        save: folder for the trained model, with its clips.
 
     Returns:
         ``probes`` (outliers by step and linear layer), ``weights`` (kurtosis and error of four-bit
@@ -136,7 +146,7 @@ def train(
     begun = time.process_time()
     torch.manual_seed(run.seed)
     model = build(settings)
-    if run.variant == "planted":
+    if run.variant == PLANTED:
         plant(settings, model)
     seen = sequences(settings, data["valid"], settings.probe_sequences)
     probes: list[dict[str, Any]] = []
@@ -148,6 +158,8 @@ def train(
         lambda step: probes.append({"step": step, "layers": outliers(model, seen)}),
         tell,
     )
+    if save is not None:
+        model.save_pretrained(save)
     return {
         "probes": probes,
         "weights": weights_of(model),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -33,20 +35,28 @@ PATHS = {
 
 
 def experiment(folder: Path, *more: str) -> str:
-    command = [sys.executable, str(EXAMPLE / "experiment.py"), "--quick", "--output", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    result = subprocess.run(
-        [*command, *more], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    """What a small experiment prints, in this process and on one thread."""
+    import torch
+
+    printed, threads = io.StringIO(), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.syspath_prepend(str(EXAMPLE))
+        words = ["experiment.py", "--quick", "--output", str(folder), *more]
+        patch.setattr(sys, "argv", words)
+        import experiment
+
+        experiment.main()
+    torch.set_num_threads(threads)
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a whole experiment with toys."""
     folder = tmp_path_factory.mktemp("experiment")
-    experiment(folder)
+    printed = experiment(folder)
+    assert "planted: 2 layers of 32, 15,360 tokens, 1 seed" in printed
+    assert printed.count("step 50 of 60") == 4
     return folder
 
 
@@ -94,6 +104,20 @@ def test_resuming_trains_what_is_missing(folder: Path, result: dict[str, Any]) -
     assert json.loads((folder / "experiment.json").read_text())["rows"] == result["rows"]
     for picture in ("outliers.png", "perplexity.png"):
         assert (folder / picture).stat().st_size > 10_000
+
+
+def test_the_model_is_quantized_with_the_clips_it_learned(folder: Path) -> None:
+    """By the command that README has."""
+    command = [sys.executable, "-m", "torch_plugins.w4a4", "quantize", "model", "w4a4"]
+    command += ["--activations", "learned", "--calibration", __file__, "--tokens", "1024"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    assert "layer 2 of 2: 7 linear layers quantized" in result.stderr
+    section = json.loads((folder / "w4a4" / "config.json").read_text())["quantization_config"]
+    assert section["format"] == "pack-quantized"
 
 
 def test_the_largest_weight_that_costs_little_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
