@@ -103,8 +103,18 @@ def machine_readable(
     }
 
 
-def show(title: str, header: list[str], rows: list[list[str]], last_apart: bool = True) -> None:
-    """A table of numbers: drawn by rich where it is installed, else plain text."""
+def show(
+    title: str,
+    header: list[str],
+    rows: list[list[str]],
+    last_apart: bool = True,
+    width: int | None = None,
+) -> None:
+    """A table of numbers: drawn by rich where it is installed, else plain text.
+
+    Args:
+        width: columns that it may take; None: those of the terminal.
+    """
     try:
         from rich.console import Console
         from rich.table import Table
@@ -119,7 +129,7 @@ def show(title: str, header: list[str], rows: list[list[str]], last_apart: bool 
         drawn.add_column(name, justify="right")
     for row in rows:
         drawn.add_row(*row, end_section=last_apart and row is rows[-2])
-    Console(soft_wrap=True).print(drawn)
+    Console(soft_wrap=True, width=width).print(drawn)
 
 
 def plot(arguments: argparse.Namespace) -> None:

@@ -11,7 +11,8 @@ same levels, for the zero point stays what it is there, a real number.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ class StaticInput(NamedTuple):
         zero = self.zero_point.to(x.device)
         return ((places + zero).clamp(-most, most - 1).round() - zero) * scale
 
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest level."""
+        most, zero = 2 ** (self.bits - 1), 0.0 if self.zero_point is None else self.zero_point
+        return float((-most - zero) * self.scale), float((most - 1 - zero) * self.scale)
+
 
 class TokenInput(NamedTuple):
     """Symmetric, a scale for each token."""
@@ -49,6 +55,11 @@ class TokenInput(NamedTuple):
 
 
 Input = StaticInput | TokenInput
+
+
+def quantizing(how: Input) -> Callable[[Any, tuple[Any, ...]], tuple[Tensor]]:
+    """A hook before a linear layer's forward."""
+    return lambda linear, args: (how(args[0]),)
 
 
 def from_clips(name: str, high: Tensor, low: Tensor | None, bits: int) -> StaticInput:

@@ -7,6 +7,7 @@ python -m torch_plugins.w4a4 report MODEL --against OUT --output report.png
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from .card import statement
 from .folder import Folder
 from .quantize import ACTIVATIONS, METHODS, Recipe
 from .quantize_folder import Job, quantize_folder
+from .report import plot, print_table
+from .statistics import measure
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENS, LENGTH = 262144, 2048
+TOKENS, REPORT_TOKENS, LENGTH = 262144, 8192, 2048
 
 
 def say(line: str) -> None:
@@ -157,7 +160,42 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_report(commands: Any) -> None:
-    pass
+    text = "what makes each linear layer hard to quantize, and what four bits cost it"
+    add: Any = commands.add_parser("report", help=text, description=text).add_argument
+    add("model", type=Path, help="folder of a Hugging Face model, with or without clips")
+    add("--calibration", type=Path, metavar="FILE", help="as for quantize; default: random tokens")
+    add("--tokens", type=positive, default=REPORT_TOKENS, metavar="N", help="default: %(default)s")
+    add("--seq-length", type=positive, metavar="N", help="as for quantize")
+    add("--against", type=Path, metavar="QUANTIZED", help="also errors of this quantized folder")
+    add("--modules", default="*", metavar="PATTERNS", help="as for quantize")
+    add("--output", type=Path, metavar="PNG", help="draw it too")
+    add("--json", action="store_true", help="for machines")
+    add("--trust-remote-code", action="store_true", help="run code that the folder carries")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Print the table, or JSON, and draw it."""
+    source = Folder(arguments.model, arguments.trust_remote_code)
+    against = None
+    if arguments.against is not None:
+        against = Folder(arguments.against, arguments.trust_remote_code, quantized=True)
+    if arguments.calibration is not None:
+        ids = calibration(arguments, source)
+    else:
+        most = getattr(source.config, "max_position_embeddings", LENGTH)
+        length = arguments.seq_length or min(256, most)
+        draw = torch.Generator().manual_seed(0)
+        shape = max(1, arguments.tokens // length), length
+        ids = torch.randint(source.config.vocab_size, shape, generator=draw)
+    rows = measure(source, ids, against, arguments.modules, say)
+    if arguments.output is not None:
+        plot(rows, arguments.output)
+    if arguments.json:
+        print(json.dumps({"tokens": ids.numel(), "layers": rows}, indent=2))
+        return
+    print_table(rows, ids.numel())
+    if arguments.output is not None:
+        print(f"written: {arguments.output}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -165,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     whole = parser()
     arguments = whole.parse_args(argv)
     try:
-        {"quantize": quantize}[arguments.command](arguments)
+        {"quantize": quantize, "report": report}[arguments.command](arguments)
     except ConfigError as error:
         whole.error(str(error))
     except VerificationError as error:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..export.proof import Verdict, VerificationError, folder_logits, random_ids, tolerance
 from ..export.writer import check_output, new_folder, write_weights
 from ..feature import ConfigError
-from .activations import Input, TokenInput, from_clips
+from .activations import Input, TokenInput, from_clips, quantizing
 from .card import card
 from .compressed import (
     QuantizedWeights,
@@ -200,12 +200,8 @@ def quantized_inputs(own: Mapping[str, nn.Module], inputs: Mapping[str, Input | 
     for name, linear in own.items():
         how = inputs[name]
         if how is not None:
-            hooks.before(linear, _quantizing(how))
+            hooks.before(linear, quantizing(how))
     return hooks
-
-
-def _quantizing(how: Input) -> Callable[[Any, tuple[Any, ...]], tuple[Tensor]]:
-    return lambda linear, args: (how(args[0]),)
 
 
 def by_linear(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
