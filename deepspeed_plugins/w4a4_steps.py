@@ -37,18 +37,24 @@ class Quantizers:
     def __init__(self, engine: Any, settings: W4A4) -> None:
         self.settings = settings
         self.all = quantizers_of(engine.module)
-        self.waiting = False
-        """Whether clips wait for their percentiles."""
+        self.waiting: list[str] = []
+        """Those whose clips wait for their percentiles."""
         self.read(engine)
 
     def read(self, engine: Any) -> None:
-        """See which clips were never set, in a new engine or after a checkpoint was loaded."""
-        with gathered(self.all.values()):
-            self.waiting = any(quantizer.uncalibrated() for quantizer in self.all.values())
+        """See which clips were never set, in a new engine or in one that has loaded a checkpoint; on
+        all ranks the same, which else would wait for each other."""
+        if self.settings.learned:
+            with gathered(self.all.values()):
+                found = [float(quantizer.uncalibrated()) for quantizer in self.all.values()]
+            flags = torch.tensor(found, device=engine.device)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            pairs = zip(self.all, flags.tolist(), strict=True)
+            self.waiting = [name for name, flag in pairs if flag]
         self.set_mode(engine)
 
     def set_mode(self, engine: Any) -> None:
-        mode = mode_at(self.settings, engine.global_steps, self.waiting)
+        mode = mode_at(self.settings, engine.global_steps, bool(self.waiting))
         set_mode(self.all.values(), mode)
         self.observing = mode is Mode.OBSERVE
 
@@ -58,12 +64,8 @@ class Quantizers:
         Raises:
             ConfigError: a layer has seen no input.
         """
-        with gathered(self.all.values()):
-            names = [name for name, each in self.all.items() if each.uncalibrated()]
-        if not names:
-            return
-        high, low = self._everywhere(names, engine.device)
-        for name, up, down in zip(names, high, low, strict=True):
+        high, low = self._everywhere(self.waiting, engine.device)
+        for name, up, down in zip(self.waiting, high, low, strict=True):
             if not torch.isfinite(up - down):
                 raise ConfigError(
                     f"{SECTION}.{KEY}.clip_init {self.settings.clip_init!r}: {name} saw no finite "
@@ -141,9 +143,10 @@ def step(original: Callable[..., Any], engine: Any, *args: Any, **kwargs: Any) -
 
 
 def gathered(quantizers: Any) -> AbstractContextManager[Any]:
-    """A context in which clips are whole on every rank."""
-    clips = [clip for quantizer in quantizers for clip in quantizer.parameters()]
-    if not any(hasattr(clip, "ds_id") for clip in clips):
+    """A context in which clips are whole on every rank: those that ZeRO 3 keeps whole are already,
+    and leaving a context of its would take them apart."""
+    clips = [clip for each in quantizers for clip in each.parameters() if not clip.numel()]
+    if not clips:
         return nullcontext()
     from deepspeed import zero
 

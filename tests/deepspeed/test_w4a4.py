@@ -39,7 +39,7 @@ def counted(cases):
 def test_updates_equal_those_of_plain_torch(cases):
     """Weights and clips after three steps: the first sets clips at percentiles over all ranks and
     micro-batches; ZeRO 0 to 3, one and two micro-batches, weights in four bits too."""
-    assert len(cases["torch"]) == 15
+    assert len(cases["torch"]) == 16
     for name, seen in counted(cases).items():
         half = name[:4] in ("bf16", "fp16")
         assert seen["error"]["weights"] < (0.15 if half else 1e-5), name
@@ -130,8 +130,10 @@ def test_what_an_engine_says(cases):
     assert "w4a4: " not in cases["logs"][1]
 
 
-def test_engines_without_an_optimizer_and_the_alias(cases):
-    assert cases["alone"] == {"alias": ["0", "2"], "left alone": [], "all": ["0", "2"]}
+def test_engines_without_an_optimizer_or_clips_and_the_alias(cases):
+    layers = {"alias": ["0", "2"], "left alone": [], "all": ["0", "2"]}
+    groups = {"{'activation_bits': 0}": 1, "{'granularity': 'token'}": 1}
+    assert cases["alone"] == layers | groups
 
 
 REFUSED = {

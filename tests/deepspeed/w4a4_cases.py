@@ -67,6 +67,8 @@ def against_torch():
     found = {f"ZeRO {stage}, 2 parts": case(stage, 2) for stage in range(4)}
     found |= {f"ZeRO {stage}": case(stage) for stage in (0, 3)}
     found |= {f"ZeRO {stage}, weights": case(stage, weight_bits=4) for stage in (1, 3)}
+    nothing = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    found["ZeRO 3, clips partitioned"] = case(3, 2, zero_optimization=nothing)
     alike = {"bf16": {"enabled": True}}
     found |= {f"bf16, ZeRO {stage}": case(stage, **alike) for stage in range(4)}
     found |= {f"fp16, ZeRO {stage}": case(stage, fp16=FP16) for stage in (1, 2, 3)}
@@ -239,6 +241,11 @@ def alone():
     engine = build(net(), json_file)
     found = {"alias": sorted(fake_quant_linears(engine.module))}
     engine.destroy()
+    for stage, fields in ((1, {"activation_bits": 0}), (3, {"granularity": "token"})):
+        engine = build(net(), settings(stage, section=SECTION | fields))
+        train(engine, 2)
+        found[str(fields)] = len(engine.optimizer.param_groups)
+        engine.destroy()
     json_file = settings()
     del json_file["optimizer"]
     engine = deepspeed.initialize(model=net(), config=json_file)[0]
