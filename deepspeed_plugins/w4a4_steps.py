@@ -42,8 +42,10 @@ class Quantizers:
         self.read(engine)
 
     def read(self, engine: Any) -> None:
-        """See which clips were never set, in a new engine or in one that has loaded a checkpoint; on
-        all ranks the same, which else would wait for each other."""
+        """See which clips were never set, in a new engine or in one that has loaded a checkpoint.
+
+        All ranks find the same, or they would wait for each other later.
+        """
         if self.settings.learned:
             with gathered(self.all.values()):
                 found = [float(quantizer.uncalibrated()) for quantizer in self.all.values()]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from torch_plugins import reference
 from torch_plugins.config import ConfigError
 from torch_plugins.export.proof import (
     Verdict,
     VerificationError,
+    check_quantized,
     folder_logits,
     random_ids,
     tolerance,
@@ -22,7 +25,7 @@ from torch_plugins.export.proof import (
 from torch_plugins.export.tokenizer import Tokenizer
 from torch_plugins.export.writer import check_output, check_shard_size, new_folder, write_model
 from torch_plugins.w4a4.linear import swap
-from torch_plugins.w4a4.marker import SECTION, is_marker, read
+from torch_plugins.w4a4.marker import SECTION, is_marker, marker, read
 
 from .checkpoint import Checkpoint, Weights
 
@@ -96,11 +99,31 @@ def export(
 
 
 def verify(folder: Path, config: PluginDecoderConfig, tensors: Weights) -> Verdict:
-    """Compare the logits of the folder with the reference's on the checkpoint's tensors."""
-    input_ids = random_ids(config)
+    """Compare the logits of the folder with the reference's on the checkpoint's tensors; of a model
+    with W4A4 twice, tightly without the quantization of its inputs."""
+    input_ids, fields = random_ids(config), with_all_experts(config)
     wide = {name: tensors[name].float() for name in tensors}
-    with torch.no_grad():
-        wanted = reference.logits(wide, with_all_experts(config), input_ids)
-    difference = (folder_logits(folder, input_ids, all_experts=True) - wanted).abs().max().item()
     against = "the naive reference on the checkpoint's tensors"
-    return Verdict(against, difference, tolerance(config, wanted))
+    with torch.no_grad():
+        plain = reference.logits(*_unquantized(wide, fields), input_ids)
+    found = folder_logits(folder, input_ids, all_experts=True, quantized=False)
+    difference = (found - plain).abs().max().item()
+    if is_marker(fields.get(SECTION)):
+        with torch.no_grad():
+            wanted = reference.logits(wide, fields, input_ids)
+        found = folder_logits(folder, input_ids, all_experts=True)
+        against = f"{against}; {check_quantized(found, wanted, plain)}"
+    return Verdict(against, difference, tolerance(config, plain))
+
+
+def _unquantized(
+    tensors: Mapping[str, Tensor], fields: Mapping[str, Any]
+) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    """What the reference is to be given so that the inputs of linear layers stay as they are."""
+    section = fields.get(SECTION)
+    if not is_marker(section):
+        return tensors, fields
+    feature, modules = read(section)
+    kept = {name: tensor for name, tensor in tensors.items() if ".input_quantizer." not in name}
+    weights = replace(feature, activation_bits=0) if feature.weight_bits else None
+    return kept, {**fields, SECTION: weights and marker(weights, modules)}
