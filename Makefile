@@ -125,7 +125,7 @@ gptq-check: .matrix/llmcompressor/.ready
 .matrix/lm-eval/.ready: PIP = lm-eval==0.4.13
 
 lm-eval-check: .matrix/lm-eval/.ready
-	$(RUN) -m pytest tests/hf/test_lm_eval.py $(ARGS)
+	LM_EVAL_CHECK=1 $(RUN) -m pytest tests/hf/test_lm_eval.py $(ARGS)
 
 .matrix/llmcompressor/.ready .matrix/lm-eval/.ready: $(STAMP)
 	$(RUN) -m venv --without-pip $(@D)
