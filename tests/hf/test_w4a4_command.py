@@ -80,6 +80,22 @@ def test_an_interrupted_run_goes_on_where_it_was(models, tmp_path, run):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_layers_go_to_the_device_and_back(models, tmp_path):
+    """On the CPU under another name, which takes the same way as a GPU."""
+    results = []
+    for device in ("cpu", "cpu:0"):
+        job = Job(Folder(models / "clips"), tmp_path / device, GPTQ, ids(), device=device)
+        assert quantize_folder(job, lambda line: None).equal
+        results.append(load_file(tmp_path / device / "model.safetensors"))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_the_model_itself_is_not_written_over(run, models):
+    given = ("--activations", "none", "--method", "rtn", "--force")
+    assert "is the model itself" in run("plain", *given, output=models / "plain")
+    assert (models / "plain/model.safetensors").exists()
+
+
 def test_other_tokens_are_another_run(models, tmp_path):
     job = Job(Folder(models / "plain"), tmp_path / "out", Recipe("gptq", "none"), ids())
     State(job.output, quantizing.fingerprint(job))
@@ -192,6 +208,9 @@ REFUSED = {
     "no config.json": (".", "--activations", "none", "--method", "rtn"),
     "--max-shard-size big": (
         *("plain", "--activations", "none", "--method", "rtn", "--max-shard-size", "big"),
+    ),
+    "--device abacus": (
+        *("plain", "--activations", "none", "--method", "rtn", "--device", "abacus"),
     ),
     "act_order: goes with": ("plain", "--activations", "none", "--method", "rtn", "--act-order"),
 }

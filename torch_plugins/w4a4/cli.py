@@ -47,6 +47,12 @@ def quantize(arguments: argparse.Namespace) -> None:
         arguments.modules,
     )
     source = Folder(arguments.model, arguments.trust_remote_code)
+    if output.exists() and output.samefile(arguments.model):
+        raise ConfigError(f"{output}: is the model itself; write elsewhere")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from error
     if recipe.method == "rtn" and arguments.calibration is not None:
         raise ConfigError("--calibration: --method rtn uses no tokens; leave it out, or use gptq")
     ids = calibration(arguments, source) if recipe.method == "gptq" else None
