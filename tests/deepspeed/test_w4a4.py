@@ -82,7 +82,8 @@ def test_groups_of_clips(cases):
     seen = cases["groups"]
     for stage in (1, 3):
         assert seen[f"list, ZeRO {stage}"] == [[0.3, 0.2], pytest.approx([2.4, 0])]
-    assert seen["none"] == [[0.1, 0.2], [0.8, 0]]
+    for name in ("none", "clips of before"):
+        assert seen[name] == [[0.1, 0.2], [0.8, 0]]
     assert seen["groups"] == [[0.2, 0], [0.1, 0.2], [1.6, 0], [0.8, 0]]
     assert seen["client"] == [[0.05, 0], [0.025, 0.2], [0.4, 0], [0.2, 0]]
     assert seen["scheduler of the script"] == [[0.05, 0.2], [0.4, 0]]

@@ -159,6 +159,9 @@ def groups():
     record("none", model, settings(2, optimizer=adam), model_parameters=None)
     model = net()
     record("groups", model, settings(1, optimizer=adam), model_parameters=halves(model))
+    model = net()
+    swap(model, W4A4(**SECTION | {"clip_init": 2}))
+    record("clips of before", model, settings(3, optimizer=adam))
     without = settings(1)
     del without["optimizer"]
     model = net()
