@@ -36,6 +36,7 @@ def test_a_step_is_the_naive_one(cases: dict[str, Any], name: str) -> None:
     assert case["gradients"] <= 5e-6
     assert case["clips"] <= 2e-5
     assert case["missing"] == []
+    assert case["reduced like weights"], "clips of experts belong to the experts' groups"
     if STEPS[name][0]["kurtosis_weight"]:
         assert case["from kurtosis"] >= 0.05, "this case could not tell whether a penalty is there"
 
