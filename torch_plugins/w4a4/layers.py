@@ -183,7 +183,8 @@ class Passes:
         return self.probe.logits
 
     def _compute(self, one: Pass, index: int, device: torch.device | str | None) -> Any:
-        assert one.at == index, "every layer is asked for in turn"
+        if one.at != index:
+            raise IndexError(f"layer {index}: the passes wait at layer {one.at}")
         args, kwargs = one.call
         if device is None:
             return self.forwards[index](*args, **kwargs)

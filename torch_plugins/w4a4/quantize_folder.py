@@ -138,11 +138,14 @@ def fingerprint(job: Job) -> dict[str, Any]:
     ids = job.calibration_ids
     return asdict(job.recipe) | {
         "model": job.source.digest(),
-        "calibration": ids
-        if ids is None
-        else hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest(),
+        "calibration": None if ids is None else _hash(ids),
         "dtype": str(job.dtype),
     }
+
+
+def _hash(ids: Tensor) -> str:
+    shaped = f"{list(ids.shape)}".encode() + ids.contiguous().numpy().tobytes()
+    return hashlib.sha256(shaped).hexdigest()
 
 
 @torch.no_grad()
@@ -225,8 +228,8 @@ def write(
     weights = QuantizedWeights(source, job.dtype, stored, known)
     linears = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
     ignore = [name for name in linears if name not in inputs]
-    fields = {name: value for name, value in source.fields.items() if name != SECTION}
-    fields[SECTION] = section(job.recipe.group_size, next(iter(inputs.values())), ignore)
+    how = section(job.recipe.group_size, next(iter(inputs.values())), ignore)
+    fields = source.fields | {SECTION: how}
     if job.dtype is not None:
         fields.pop("torch_dtype", None)
         fields["dtype"] = str(job.dtype).removeprefix("torch.")
