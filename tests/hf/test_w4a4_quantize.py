@@ -129,6 +129,20 @@ def test_stock_transformers_computes_the_quantized_model(quantized, folder, name
         assert (found - unquantized).abs().max() > 1000 * bound
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n][2].method == "rtn"])
+def test_codes_are_the_nearest_with_the_scales_that_are_stored(quantized, folder, name):
+    build, feature, _, dtype = CASES[name]
+    output, _ = quantized(name)
+    source, stored = (load_file(f / "model.safetensors") for f in (folder(build, feature), output))
+    for linear, weight in naive_weights(output).items():
+        scale = stored[f"{linear}.weight_scale"].float()
+        wide = scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)
+        plain = source[f"{linear}.weight"]
+        plain = (plain if dtype is None else plain.to(dtype)).float()
+        nearest = (plain / wide).round().clamp(-8, 7) * wide.double()
+        assert torch.equal(weight, nearest), linear
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_packed_weights_compute_the_same_in_half_a_byte_each(quantized, name):
     output, _ = quantized(name)
