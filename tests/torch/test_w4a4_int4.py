@@ -92,3 +92,12 @@ def test_operators_are_declared_truly(static):
     torch.library.opcheck(ops.unpack_int4, (weight, codes.shape[1]))
     given = [torch.tensor([0.3]), torch.tensor([0.7]), bias] if static else [None] * 3
     torch.library.opcheck(ops.w4a4_linear, (x, weight, scale, *given, 4))
+
+
+def test_inputs_are_divided_by_their_scale():
+    """A token's largest feature, if negative, lies half way between the codes -8 and -7."""
+    x = -torch.rand(5000, 1, generator=torch.Generator().manual_seed(0)) - 0.1
+    step = 2 * x.abs() / 15
+    found = w4a4_linear(x, pack_int4(torch.ones(1, 1, dtype=torch.int8)), torch.ones(1, 1))
+    assert torch.equal(found, (x / step).round() * step)
+    assert not torch.equal((x / step).round(), (x * (1 / step)).round())
