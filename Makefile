@@ -37,7 +37,7 @@ format: env
 	$(RUN) -m ruff format .
 
 # JOBS=2: two processes share the tests, see tests/conftest.py; 0: one runs them all, as `pytest` does.
-JOBS ?= 0
+JOBS ?= 2
 
 test: env transformer-engine
 	$(RUN) -m pytest tests -n $(JOBS) $(ARGS)

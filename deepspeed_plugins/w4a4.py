@@ -102,7 +102,7 @@ def finish(settings: W4A4, engine: Any) -> None:
 
 
 def describe(settings: W4A4, engine: Any) -> str:
-    """``"14 of 15 linear layers, inputs 4 bits (learned clips), kurtosis 1e-05"``.
+    """``"14 of 15 linear layers, inputs 4 bits (...), kurtosis 1e-05"``.
 
     Raises:
         ConfigError: none of the engine's layers has it.
@@ -116,15 +116,4 @@ def describe(settings: W4A4, engine: Any) -> str:
             "with it; run python -m deepspeed_plugins.doctor"
         )
     linear = sum(isinstance(module, nn.Linear) for module in engine.module.modules())
-    parts = [f"{found} of {linear} linear layers"]
-    if settings.activation_bits:
-        kind = "learned clips" if settings.learned else settings.granularity
-        kind = kind if settings.grid == "int4" else settings.grid
-        parts.append(f"inputs {settings.activation_bits} bits ({kind})")
-    if settings.weight_bits:
-        parts.append(f"weights {settings.weight_bits} bits")
-    if settings.kurtosis_weight:
-        parts.append(f"kurtosis {settings.kurtosis_weight:g}")
-    if settings.start_iteration:
-        parts.append(f"from iteration {settings.start_iteration}")
-    return ", ".join(parts)
+    return f"{found} of {linear} linear layers, {settings.summary()}"

@@ -172,6 +172,24 @@ class W4A4(Feature):
         matches = any(fnmatchcase(module, word) for word in wanted)
         return matches and not any(fnmatchcase(module, word) for word in excluded)
 
+    def summary(self) -> str:
+        """``"inputs 4 bits (learned clips from percentile:99.9), kurtosis 1e-05"``."""
+        bits = "{} bits" if self.grid == "int4" else self.grid
+        parts = []
+        if self.activation_bits:
+            how = f"scales of each {'token' if self.grid == 'int4' else 'block'}"
+            if self.learned:
+                one = "one learned clip" if self.symmetric else "learned clips"
+                how = f"{one} from {self.clip_init}"
+            parts.append(f"inputs {bits.format(self.activation_bits)} ({how})")
+        if self.weight_bits:
+            parts.append(f"weights {bits.format(self.weight_bits)}")
+        if self.kurtosis_weight:
+            parts.append(f"kurtosis {self.kurtosis_weight:g}")
+        if self.start_iteration:
+            parts.append(f"from iteration {self.start_iteration}")
+        return ", ".join(parts)
+
     def function(self, num_layers: int) -> Any:
         """How clips start and train, and the kurtosis, do not decide it."""
         activations = (self.granularity, self.symmetric) if self.activation_bits else None

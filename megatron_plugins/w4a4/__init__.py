@@ -71,24 +71,4 @@ def describe(feature: W4A4, run: Namespace, built: Any) -> str:
             f"{feature.flag('modules')} {feature.modules!r}: matches no linear layer of this model"
         )
     calibration.prepare(built[0], feature, getattr(run, "iteration", 0))
-    return f"{linears} linear layers in {line}{summary(feature)}"
-
-
-def summary(feature: W4A4) -> str:
-    """``", inputs 4 bits (learned clips from percentile:99.9), kurtosis 1e-05"``."""
-    parts = []
-    if feature.activation_bits:
-        kind = feature.grid if feature.grid != "int4" else f"{feature.activation_bits} bits"
-        how = "scales of each block" if feature.grid != "int4" else "scales of each token"
-        if feature.learned:
-            one = "one learned clip" if feature.symmetric else "learned clips"
-            how = f"{one} from {feature.clip_init}"
-        parts.append(f"inputs {kind} ({how})")
-    if feature.weight_bits:
-        kind = feature.grid if feature.grid != "int4" else f"{feature.weight_bits} bits"
-        parts.append(f"weights {kind}")
-    if feature.kurtosis_weight:
-        parts.append(f"kurtosis {feature.kurtosis_weight:g}")
-    if feature.start_iteration:
-        parts.append(f"from iteration {feature.start_iteration}")
-    return "".join(f", {part}" for part in parts)
+    return f"{linears} linear layers in {line}, {feature.summary()}"

@@ -15,7 +15,10 @@ STEPS = 10
 LADDER = "ladder-residual: 4 of 4 layers"
 SHARING = "cross-layer-attention: 2 of 4 layers share keys and values (producers 0, 2)"
 EXPERTS = "dense-moe: 8 experts in 4 layers, linear routers; evaluation dense"
-FOUR_BITS = "w4a4: 28 of 29 linear layers, inputs 4 bits (learned clips), kurtosis 1e-05"
+FOUR_BITS = (
+    "w4a4: 28 of 29 linear layers, inputs 4 bits (learned clips from percentile:99.9), "
+    "kurtosis 1e-05"
+)
 POWER = "power-lr: peak 0.01, a 4, b -0.51, {} sequences of 128 tokens, warms up over {} tokens"
 ACTIVE = {
     "together": [LADDER, SHARING, POWER.format(8, "8,192")],

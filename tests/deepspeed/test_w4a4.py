@@ -122,9 +122,8 @@ def test_checkpoints_of_other_models(cases):
 
 def test_what_an_engine_says(cases):
     lines = cases["logs"][0].splitlines()
-    told = (
-        "w4a4: 2 of 3 linear layers, inputs 4 bits (learned clips), weights 4 bits, kurtosis 0.05"
-    )
+    told = "w4a4: 2 of 3 linear layers, inputs 4 bits (learned clips from 2), weights 4 bits, "
+    told += "kurtosis 0.05"
     assert told in lines
     alone = 'w4a4: left alone, an engine without an optimizer ("apply_to": "trained")'
     assert alone in lines

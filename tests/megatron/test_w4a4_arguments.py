@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_plugins.refusals import refuse
-from megatron_plugins.w4a4 import REFUSED, adjust_config, summary, validate
+from megatron_plugins.w4a4 import REFUSED, adjust_config, validate
 from torch_plugins.config import W4A4, ConfigError
 
 FLAG = "--w4a4"
@@ -129,22 +129,3 @@ def test_layers_are_numbered_where_they_differ(modules: str, numbered: bool) -> 
     config: Any = Namespace(num_layers=3, hetereogenous_dist_checkpoint=False)
     adjust_config(config, W4A4(modules=modules))
     assert config.hetereogenous_dist_checkpoint is numbered
-
-
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({}, ", inputs 4 bits (learned clips from percentile:99.9), kurtosis 1e-05"),
-        (
-            dict(granularity="token", weight_bits=4, kurtosis_weight=0, start_iteration=9),
-            ", inputs 4 bits (scales of each token), weights 4 bits, from iteration 9",
-        ),
-        (dict(grid="nvfp4"), ", inputs nvfp4 (scales of each block), kurtosis 1e-05"),
-        (
-            dict(symmetric=True, clip_init=4, activation_bits=3, kurtosis_weight=0),
-            ", inputs 3 bits (one learned clip from 4)",
-        ),
-    ],
-)
-def test_summary(settings: dict[str, Any], line: str) -> None:
-    assert summary(W4A4(**settings)) == line

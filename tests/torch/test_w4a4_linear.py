@@ -319,3 +319,22 @@ def test_what_decides_the_function() -> None:
     ]
     functions = [other.function(4) for other in (*others, same[0], W4A4(granularity="token"))]
     assert all(functions.count(function) == 1 for function in functions)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({}, "inputs 4 bits (learned clips from percentile:99.9), kurtosis 1e-05"),
+        (
+            dict(granularity="token", weight_bits=4, kurtosis_weight=0, start_iteration=9),
+            "inputs 4 bits (scales of each token), weights 4 bits, from iteration 9",
+        ),
+        (dict(grid="nvfp4"), "inputs nvfp4 (scales of each block), kurtosis 1e-05"),
+        (
+            dict(symmetric=True, clip_init=4, activation_bits=3, kurtosis_weight=0),
+            "inputs 3 bits (one learned clip from 4)",
+        ),
+    ],
+)
+def test_summary(settings: dict[str, Any], line: str) -> None:
+    assert W4A4(**settings).summary() == line

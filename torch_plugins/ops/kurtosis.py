@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 EPS = 1e-20
 
 
