@@ -1,6 +1,6 @@
 """Four-bit weights and activations after training: which regularisation makes them cheap?
 
-    python examples/w4a4/experiment.py            # an hour on one core
+    python examples/w4a4/experiment.py            # twenty minutes on one core
     python examples/w4a4/experiment.py --quick    # a toy, to see every step
 
 The experiment of arXiv 2404.03605 with its control arms: a baseline; learned clips of the linear

@@ -41,7 +41,7 @@ def draw_outliers(settings: Settings, rows: list[dict[str, Any]], path: Path) ->
     lines = [(variant, m) for variant in settings.variants for m in MEASURES]
     size = (12, 2.6 * len(lines))
     figure, grid = plt.subplots(
-        len(lines), len(ARMS), figsize=size, dpi=90, layout="constrained", sharex=True, sharey="row"
+        len(lines), len(ARMS), figsize=size, dpi=80, layout="constrained", sharex=True, sharey="row"
     )
     for (variant, measure), panels in zip(lines, grid, strict=True):
         for arm, axes in zip(ARMS, panels, strict=True):
@@ -57,6 +57,8 @@ def draw_outliers(settings: Settings, rows: list[dict[str, Any]], path: Path) ->
 
 
 def _outliers(axes: Any, row: dict[str, Any], measure: str) -> None:
+    from matplotlib.ticker import LogLocator
+
     steps = [point["step"] for point in row["inputs"]]
     for label, colour in COLOURS.items():
         curves = list(zip(*(point[measure][label] for point in row["inputs"]), strict=True))
@@ -65,6 +67,9 @@ def _outliers(axes: Any, row: dict[str, Any], measure: str) -> None:
             name = label if depth == len(curves) - 1 else None
             axes.plot(steps, curve, color=colour, alpha=alpha, linewidth=1.2, label=name)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     _frame(axes)
 
 
@@ -88,6 +93,7 @@ def draw_perplexities(settings: Settings, rows: list[dict[str, Any]], path: Path
         axes.set_title(variant)
         _frame(axes)
     panels[0][0].set_ylabel("perplexity of held-out text")
-    panels[0][0].legend(frameon=False, fontsize=8)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(BARS), frameon=False)
     figure.savefig(path)
     plt.close(figure)

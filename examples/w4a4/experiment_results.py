@@ -126,16 +126,28 @@ def print_tables(
         "(inputs, both), else the best percentile; token: a scale for each token.\n"
         "channels: mean magnitude of an input's channels, largest over median, before training,\n"
         "at its most, after training. error: |W - Q(W)|^2 / |W|^2 of four bits. All are means\n"
-        "over linear layers: q to up read the residual stream through a norm; o and down do not."
+        "over linear layers: q to up read the residual stream through a norm; o and down do not.\n"
+        "Of seed 0: channels of q to up, outputs of o and down."
     )
-    for run in done:
-        if run.seed == 0:
-            values = {name: done[run]["perplexities"][key] for name, key in _SHORT.items()}
-            words = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
-            console.print(f"{run}: {words}")
+    tried = sorted((run for run in done if run.seed == 0), key=lambda run: run.weight)
+    if tried:
+        console.print(_weights([(run, done[run]) for run in tried]))
 
 
-_SHORT = {"W16A16": "fp32, fp32", "W4A4 static RTN": CHOICE}
+def _weights(tried: list[tuple[Run, dict[str, Any]]]) -> Any:
+    """What the weight of the kurtosis was chosen from."""
+    from rich.table import Table
+
+    table = Table(title=f"{tried[0][0].variant}, {tried[0][0].arm}, seed 0")
+    names = {"W16A16": "fp32, fp32", "W16A4\nstatic": "fp32, static", "W4A4\nstatic\nRTN": CHOICE}
+    for heading in ("weight of\nthe kurtosis", *names, "channels\nend", "outputs\nkurtosis"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run, found in tried:
+        cells = [f"{found['perplexities'][name]:.2f}" for name in names.values()]
+        reading, writing = (_group(found, kinds) for _, kinds in GROUPS)
+        cells += [f"{reading['end']:.1f}", f"{writing['output']:.1f}"]
+        table.add_row(f"{run.weight:g}", *cells)
+    return table
 
 
 def _perplexities(settings: Settings, variant: str, rows: list[dict[str, Any]]) -> Any:
@@ -150,7 +162,7 @@ def _perplexities(settings: Settings, variant: str, rows: list[dict[str, Any]]) 
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        cells = [spread(row["perplexities"][name]) for name in COLUMNS.values()]
+        cells = [spread(row["perplexities"][name], 1) for name in COLUMNS.values()]
         table.add_row(row["arm"], *cells)
     return table
 

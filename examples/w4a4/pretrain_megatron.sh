@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A model of 1.3 billion parameters for four-bit weights and activations (arXiv 2404.03605) on 8
-# GPUs of one node: inputs of linear layers are quantized to 4 bits between learned clips, and the
-# kurtosis of their outputs is penalized, for 20 billion tokens, as many as in the paper.
+# A model of 1.2 billion parameters, embeddings excepted, for four-bit weights and activations (arXiv
+# 2404.03605) on 8 GPUs of one node: inputs of linear layers are quantized to 4 bits between learned
+# clips, and the kurtosis of their outputs is penalized, for 20 billion tokens, as in the paper.
 #
 #   MEGATRON_LM=/path/to/Megatron-LM DATA_PATH=/data/slimpajama_text_document \
 #   TOKENIZER=EleutherAI/gpt-neox-20b CHECKPOINTS=/ckpt/w4a4-1b bash pretrain_megatron.sh
