@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="toy models, a few steps")
+    parser.add_argument("--weight", type=float, help="of the kurtosis; default: found with seed 0")
     parser.add_argument("--resume", action="store_true", help="keep runs already finished")
     arguments = parser.parse_args()
     settings, output = (QUICK if arguments.quick else Settings()), arguments.output.resolve()
@@ -126,6 +127,8 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     runs = Runs(settings, prepare_tokens(settings, output), output, arguments.resume)
+    if arguments.weight is not None:
+        settings = replace(settings, weights=(arguments.weight,))
     weight = perform(settings, runs)
     rows = summarise(settings, {run: runs.done[run] for run in counted(settings, weight)})
     told: list[dict[str, Any]] = [{"run": asdict(r), **found} for r, found in runs.done.items()]
