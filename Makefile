@@ -36,7 +36,7 @@ format: env
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-# JOBS=2: two processes share the tests, see tests/conftest.py; 0: one runs them all, as `pytest` does.
+# JOBS processes share the tests, see tests/conftest.py; 0: one runs them all, as `pytest` does.
 JOBS ?= 2
 
 test: env transformer-engine
