@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_plugins.arguments import features_of, set_features
 from megatron_plugins.features import adapter
-from torch_plugins.config import W4A4, ConfigError
+from torch_plugins.config import ConfigError
 
 
 def restore(original: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: Any) -> Any:
@@ -43,18 +43,20 @@ def compare(
     only, before those of this run are known.
 
     A feature that changes the tensors makes the load itself fail: the reason is told in its place.
-    Clips that the checkpoint does not have stay as they are.
+    Tensors that a feature can do without are set aside where the checkpoint lacks them.
     """
-    clips: Any = {}
-    if not rank0 and W4A4.key() in features_of(args) and kwargs.get("sharded_state_dict"):
-        from megatron_plugins.w4a4 import loading
+    aside: list[tuple[Any, Any]] = []
+    if not rank0 and kwargs.get("sharded_state_dict"):
 
         def saved_arguments() -> Namespace:
             common = original(load_dir, args, True)[0] or {}
             return common.get("args") or Namespace()
 
         state = kwargs["sharded_state_dict"]
-        clips = loading.set_aside(args, saved_arguments, state, str(load_dir))
+        for module in map(adapter, features_of(args)):
+            if hasattr(module, "set_aside"):
+                kept = module.set_aside(saved_arguments, state, str(load_dir))
+                aside.append((module, kept))
     try:
         result = original(load_dir, args, rank0, *rest, **kwargs)
     except (Exception, CheckpointException):  # torch's is no Exception
@@ -65,8 +67,8 @@ def compare(
     state_dict = result[0]
     if state_dict is not None and not rank0:
         check(args, state_dict.get("args") or Namespace(), str(load_dir))
-        if clips:
-            loading.put_back(clips, state_dict)
+        for module, kept in aside:
+            module.put_back(kept, state_dict)
     return result
 
 

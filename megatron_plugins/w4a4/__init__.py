@@ -10,10 +10,19 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_plugins.w4a4.loading import put_back, set_aside
 from megatron_plugins.w4a4.refused import REFUSED
 from torch_plugins.config import W4A4, ConfigError
 
-__all__ = ["REFUSED", "adjust_config", "describe", "transform", "validate"]
+__all__ = [
+    "REFUSED",
+    "adjust_config",
+    "describe",
+    "put_back",
+    "set_aside",
+    "transform",
+    "validate",
+]
 
 
 def validate(args: Namespace, feature: W4A4) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -127,14 +128,13 @@ def _assign(parameter: Any, value: Tensor) -> None:
         main.data.copy_(value.view_as(main))
 
 
-STATE: dict[int, Calibration] = {}
-"""Of the model that trains, by the id of its first chunk."""
+STATE: WeakKeyDictionary[nn.Module, Calibration] = WeakKeyDictionary()
+"""Of models that train, by their first chunks."""
 
 
 def prepare(model: Sequence[nn.Module], feature: W4A4, iteration: int) -> Calibration:
     """Find a model's quantizers and let them do what the iteration asks for."""
-    STATE.clear()
-    found = STATE[id(model[0])] = Calibration(model, feature)
+    found = STATE[model[0]] = Calibration(model, feature)
     found.iteration = iteration
     found.set_mode(iteration)
     return found
@@ -147,7 +147,7 @@ def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if feature is None:
         return original(*args, **kwargs)
     model = inspect.signature(original).bind(*args, **kwargs).arguments["model"]
-    found = STATE.get(id(model[0])) or prepare(model, feature, run.iteration)
+    found = STATE.get(model[0]) or prepare(model, feature, run.iteration)
     # Megatron's own loop tells; a script that calls the step by itself counts from its start.
     iteration = getattr(run, "curr_iteration", found.iteration)
     found.iteration = iteration + 1

@@ -15,9 +15,7 @@ Clips = dict[str, dict[str, Any]]
 """What a checkpoint is asked for that it lacks: by model chunk, then by name."""
 
 
-def set_aside(
-    args: Namespace, read_saved: Callable[[], Namespace], state: dict[str, Any], folder: str
-) -> Clips:
+def set_aside(read_saved: Callable[[], Namespace], state: dict[str, Any], folder: str) -> Clips:
     """Take the clips out of ``state``, what a checkpoint is asked for, where it has none.
 
     Args:

@@ -11,13 +11,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from megatron_plugins.export import verify
+from megatron_plugins.export import mapping, verify
 from megatron_plugins.export.reference_tensors import ReferenceTensors
 from megatron_plugins.export.run import export
 from tests.parity.conftest import CASES, Case
 from torch_plugins import reference
 from torch_plugins.export import folder_model
-from torch_plugins.export.proof import with_all_experts
+from torch_plugins.export.proof import VerificationError, with_all_experts
 
 MODEL_TYPES = {
     "llama-gqa-tp2": "llama",
@@ -80,6 +80,20 @@ def test_logits(
         others.append(reference.logits(tensors, config, case.input_ids))
     for other in others:
         assert (other - expected).abs().max().item() <= limit
+
+
+def test_wrong_clips_are_no_export(
+    checkpoints: Path, tmp_path: Path, without_megatron: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clips a tenth too wide: the weights are right, and what is quantized is not."""
+
+    def wider(count: int) -> Any:
+        return lambda clip: tuple(1.1 * clip for _ in range(count))
+
+    monkeypatch.setattr(mapping, "_same_for", wider)
+    with pytest.raises(VerificationError, match="quantized logits differ"):
+        export(checkpoints / "w4a4-tp2", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_power_mup_leaves_as_a_stock_granite_folder(

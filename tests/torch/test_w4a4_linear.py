@@ -181,6 +181,30 @@ def test_a_swapped_model(weight_bits: int) -> None:
     assert set(scope.take()) == {"kurtosis_up_proj", "kurtosis_down_proj"}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(clip_init=1.5),
+        dict(clip_init=1.5, symmetric=True, weight_bits=4),
+        dict(granularity="token"),
+    ],
+    ids=["learned", "symmetric, weights", "each token"],
+)
+def test_a_swapped_model_compiles_whole(settings: dict[str, Any]) -> None:
+    """Without a graph break, to the same bits; the penalty, which Python counts, breaks it."""
+    model = build().float()
+    swap(model, W4A4(kurtosis_weight=0, **settings))
+    x = values(7, 16).float()
+    outputs, grads = [], []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        outputs.append(run(x))
+        outputs[-1].sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert torch.equal(*outputs)
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
 def test_no_quantized_weight_is_kept() -> None:
     """For the backward pass the layer saves the weight itself."""
     model = build()
