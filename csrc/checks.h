@@ -73,7 +73,7 @@ inline void check_size(const Tensor& tensor, const char* what, int64_t dim, int6
 }
 
 // The tensor itself where it is contiguous already.
-inline Tensor contiguous(const Tensor& tensor) {
+inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
