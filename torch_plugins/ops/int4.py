@@ -15,13 +15,20 @@ features, scales s and the input's zero point z, which need not be an integer::
 s_x and z are those of the layer; or, without, ``s_x = 2 max|x[t]| / (2 ** b - 1)`` for each token
 (1 where that is 0) and z = 0. Everything but A is computed in fp32, x / s_x by division: the
 largest feature of a token lies half way between two codes, and a product with 1 / s_x may round
-otherwise.
+otherwise. A token with NaN, or one with an infinite feature whose scale is its own, gives NaN.
+
+*Prepacked.* :func:`prepack_w4` brings a weight, once, into the order in which CPUs read it, as
+``csrc/cpu/w4a4.h`` draws it: one run of bytes, the same on every machine, that holds scales and
+sizes too, and begins with the version of the format. :func:`w4a4_linear_prepacked` multiplies by it.
+:func:`w4a4_linear` prepacks anew in every call on a CPU, and reads plain storage on a GPU.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .inference import define, refuse_gradient
 
 LOWEST = -8
 
@@ -62,8 +69,7 @@ def unpack_int4(packed: Tensor, columns: int) -> Tensor:
     return out
 
 
-@torch.library.custom_op("torch_plugins::w4a4_linear", mutates_args=())
-def _w4a4_linear(
+def w4a4_linear_reference(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -72,6 +78,7 @@ def _w4a4_linear(
     bias: Tensor | None,
     input_bits: int,
 ) -> Tensor:
+    """:func:`w4a4_linear` by torch's own operators."""
     codes_x, scale, zero = _input_codes(x, input_scale, input_zero_point, input_bits)
     groups = weight_scale.shape[1]
     # Integers this small are exact in fp64, whatever the order of the sum.
@@ -87,8 +94,7 @@ def _w4a4_linear(
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
-@_w4a4_linear.register_fake
-def _(
+def _w4a4_linear_fake(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -98,6 +104,9 @@ def _(
     input_bits: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_w4a4_linear = define("w4a4_linear", w4a4_linear_reference, _w4a4_linear_fake)
 
 
 def _input_codes(
@@ -135,8 +144,24 @@ def w4a4_linear(
         input_zero_point: one element; None: 0.
         bias: ``[O]``.
         input_bits: 2 to 8.
+
+    Raises:
+        RuntimeError: an argument does not fit the others, or ``x`` wants a gradient.
     """
+    refuse_gradient("w4a4_linear", x)
     out: Tensor = _w4a4_linear(
         x, weight, weight_scale, input_scale, input_zero_point, bias, input_bits
     )
     return out
+
+
+def w4a8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """:func:`w4a4_linear` with eight bits of input: on a CPU at the same price."""
+    return w4a4_linear(x, weight, weight_scale, input_scale, input_zero_point, bias, 8)

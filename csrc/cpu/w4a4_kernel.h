@@ -1,0 +1,237 @@
+// The kernels of w4a4.h for one instruction set. A file includes this once, after it has defined
+//
+//   template <int ROWS, int BLOCKS>
+//   void dot(const uint8_t* tiles, int64_t block_bytes, int64_t steps, const int8_t* codes,
+//            int64_t stride, int32_t* sums);
+//
+// which counts sums[ROWS][BLOCKS * 16] of (weight code + 8) * input code over the steps of one group,
+// and what is best for it: HEIGHTS, the numbers of rows that are multiplied at once, in order;
+// MOST_BLOCKS at once with any of them, BLOCKS_OF_FEW with up to FEW_ROWS, BLOCKS_OF_A_ROW with one;
+// and ALIGNMENT, the bytes of which a group of codes is a multiple. Fewer rows than the next height
+// are multiplied with what lies behind them, which is memory of ours, and dropped.
+#pragma once
+
+#include "cpu/vec.h"
+#include "cpu/w4a4.h"
+
+namespace torch_plugins {
+namespace {
+
+// The inputs ------------------------------------------------------------------------------------
+
+// max|x| as bits, which order NaN above infinity above numbers.
+template <class T>
+INLINE int32_t largest_bits(const T* x, int64_t count) {
+  Ints most{};
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) {
+    const Ints bits = to_bits(load(x + i)) & 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  if (i < count) {
+    const Ints bits = to_bits(load(x + i, count - i)) & 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  int32_t out = 0;
+  for (int lane = 0; lane < WIDTH; ++lane) out = most[lane] > out ? most[lane] : out;
+  return out;
+}
+
+using Bytes = int8_t __attribute__((vector_size(WIDTH)));
+
+// Codes of up to WIDTH features: round(clamp(x / scale + zero)).
+INLINE Ints codes_of(Floats x, Floats scale, Floats zero, Floats lowest, Floats highest) {
+  const Floats place = max(min(x / scale + zero, highest), lowest);
+  return __builtin_convertvector(round_even(place), Ints);
+}
+
+template <class T>
+INLINE int32_t quantize_group(const T* x, int64_t count, Floats scale, Floats zero, int bits,
+                              int8_t* to) {
+  const float most = static_cast<float>(1 << (bits - 1));
+  const Floats lowest = splat(-most), highest = splat(most - 1);
+  Ints total{};
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) {
+    const Ints codes = codes_of(load(x + i), scale, zero, lowest, highest);
+    total += codes;
+    const Bytes bytes = __builtin_convertvector(codes, Bytes);
+    std::memcpy(to + i, &bytes, sizeof bytes);
+  }
+  int32_t out = 0;
+  for (int lane = 0; lane < WIDTH; ++lane) out += total[lane];
+  if (i < count) {
+    const Ints codes = codes_of(load(x + i, count - i), scale, zero, lowest, highest);
+    for (int lane = 0; lane < count - i; ++lane) {
+      to[i + lane] = static_cast<int8_t>(codes[lane]);
+      out += codes[lane];
+    }
+  }
+  return out;
+}
+
+template <class T>
+void quantize_rows(const T* x, int64_t stride, const Quantization& how, int64_t first, int64_t last,
+                   const Codes& codes) {
+  constexpr int32_t infinity = 0x7f800000;
+  const int64_t size = how.groups ? how.columns / how.groups : 0;
+  for (int64_t row = first; row < last; ++row) {
+    const T* from = x + row * stride;
+    const int32_t most = largest_bits(from, how.columns);
+    float scale = how.scale;
+    if (!how.is_static) {
+      float largest;
+      std::memcpy(&largest, &most, sizeof largest);
+      scale = 2 * largest / static_cast<float>((1 << how.bits) - 1);
+      if (scale == 0) scale = 1;
+    }
+    const bool finite = how.is_static ? most <= infinity : most < infinity;
+    int8_t* to = codes.values + row * codes.stride;
+    codes.scales[row] = finite ? scale : __builtin_nanf("");
+    for (int64_t group = 0; group < how.groups; ++group, to += codes.group_stride) {
+      codes.sums[row * how.groups + group] =
+          quantize_group(from + group * size, size, splat(scale), splat(how.zero), how.bits, to);
+      std::memset(to + size, 0, codes.group_stride - size);
+    }
+  }
+}
+
+// The product -----------------------------------------------------------------------------------
+
+// One block of one row: what `dot` counted, with the weight's scale and without the 8 of its codes
+// and the zero point of the input's. Added to `to` after the first group.
+INLINE void add_group(const int32_t* counted, int32_t input_sum, float zero, const float* scales,
+                      const int32_t* sums, bool first, float* to) {
+  for (int64_t lane = 0; lane < BLOCK; lane += WIDTH) {
+    Ints count, of_weight;
+    std::memcpy(&count, counted + lane, sizeof count);
+    Floats value = __builtin_convertvector(count - 8 * input_sum, Floats);
+    if (zero != 0) {
+      std::memcpy(&of_weight, sums + lane, sizeof of_weight);
+      value = value - zero * __builtin_convertvector(of_weight, Floats);
+    }
+    value = value * load(scales + lane);
+    store(to + lane, first ? value : load(to + lane) + value);
+  }
+}
+
+template <class T>
+INLINE void finish(const float* sums, float scale, const float* bias, int64_t count, T* y) {
+  for (int64_t lane = 0; lane < count; lane += WIDTH) {
+    const int64_t left = count - lane;
+    Floats value = load(sums + lane) * scale;
+    if (bias != nullptr) value = value + (left < WIDTH ? load(bias + lane, left) : load(bias + lane));
+    if (left < WIDTH)
+      store(y + lane, value, left);
+    else
+      store(y + lane, value);
+  }
+}
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// `rows` rows of codes by BLOCKS blocks of the weight.
+template <class T, int ROWS, int BLOCKS>
+void multiply_tile(int64_t rows, const Weight& weight, const Codes& codes, const float* bias,
+                   int64_t row, int64_t block, T* y, int64_t stride) {
+  constexpr int64_t COLUMNS = BLOCKS * BLOCK;
+  alignas(64) int32_t counted[ROWS * COLUMNS];
+  alignas(64) float totals[ROWS * COLUMNS];
+  const int64_t steps = weight.steps();
+  for (int64_t group = 0; group < weight.groups; ++group) {
+    dot<ROWS, BLOCKS>(weight.tiles + block * weight.block_bytes() + group * steps * TILE,
+                      weight.block_bytes(), steps,
+                      codes.values + row * codes.stride + group * codes.group_stride, codes.stride,
+                      counted);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int j = 0; j < BLOCKS; ++j) {
+        const int64_t at = ((block + j) * weight.groups + group) * BLOCK;
+        add_group(counted + i * COLUMNS + j * BLOCK, codes.sums[(row + i) * weight.groups + group],
+                  codes.zero, weight.scales + at, weight.sums + at, group == 0,
+                  totals + i * COLUMNS + j * BLOCK);
+      }
+  }
+  if (weight.groups == 0) std::memset(totals, 0, sizeof totals);
+  const int64_t column = block * BLOCK, count = least(COLUMNS, weight.rows - column);
+  for (int64_t i = 0; i < rows; ++i)
+    finish(totals + i * COLUMNS, codes.scales[row + i], bias ? bias + column : nullptr, count,
+           y + (row + i) * stride + column);
+}
+
+constexpr int KINDS = sizeof HEIGHTS / sizeof HEIGHTS[0], MOST_ROWS = HEIGHTS[KINDS - 1];
+
+// The least height that `rows` fit into.
+template <class T, int LIMIT, int BLOCKS, int KIND = 0>
+INLINE void multiply_rows(int64_t rows, const Weight& weight, const Codes& codes, const float* bias,
+                          int64_t row, int64_t block, T* y, int64_t stride) {
+  if constexpr (HEIGHTS[KIND] < LIMIT) {
+    if (rows > HEIGHTS[KIND])
+      return multiply_rows<T, LIMIT, BLOCKS, KIND + 1>(rows, weight, codes, bias, row, block, y,
+                                                       stride);
+  }
+  multiply_tile<T, HEIGHTS[KIND], BLOCKS>(rows, weight, codes, bias, row, block, y, stride);
+}
+
+// Blocks BLOCKS at a time, as many as there are whole ones; rows up to LIMIT at a time, in portions
+// that differ by little. Returns the first block that is left.
+template <class T, int LIMIT, int BLOCKS>
+int64_t multiply_blocks(const Weight& weight, const Codes& codes, const float* bias,
+                        int64_t first_row, int64_t last_row, int64_t block, int64_t last_block,
+                        T* y, int64_t stride) {
+  const int64_t rows = last_row - first_row;
+  const int64_t portions = (rows + LIMIT - 1) / LIMIT;
+  const int64_t height = EVEN ? (rows + portions - 1) / portions : LIMIT;
+  for (; block + BLOCKS <= last_block; block += BLOCKS)
+    for (int64_t row = first_row; row < last_row; row += height)
+      multiply_rows<T, LIMIT, BLOCKS>(least(height, last_row - row), weight, codes, bias, row,
+                                      block, y, stride);
+  return block;
+}
+
+template <class T>
+void multiply(const Weight& weight, const Codes& codes, const float* bias, int64_t first_row,
+              int64_t last_row, int64_t first_block, int64_t last_block, T* y, int64_t stride) {
+  const int64_t rows = last_row - first_row;
+  if (rows <= 0) return;
+  int64_t block = first_block;
+  if (rows == 1)
+    block = multiply_blocks<T, 1, BLOCKS_OF_A_ROW>(weight, codes, bias, first_row, last_row, block,
+                                                   last_block, y, stride);
+  else if (rows <= FEW_ROWS)
+    block = multiply_blocks<T, FEW_ROWS, BLOCKS_OF_FEW>(weight, codes, bias, first_row, last_row,
+                                                        block, last_block, y, stride);
+  block = multiply_blocks<T, MOST_ROWS, MOST_BLOCKS>(weight, codes, bias, first_row, last_row,
+                                                     block, last_block, y, stride);
+  multiply_blocks<T, MOST_ROWS, 1>(weight, codes, bias, first_row, last_row, block, last_block, y,
+                                   stride);
+}
+
+// The table --------------------------------------------------------------------------------------
+
+void quantize_float(const float* x, int64_t stride, const Quantization& how, int64_t first,
+                    int64_t last, const Codes& codes) {
+  quantize_rows(x, stride, how, first, last, codes);
+}
+
+void quantize_bf16(const uint16_t* x, int64_t stride, const Quantization& how, int64_t first,
+                   int64_t last, const Codes& codes) {
+  quantize_rows(reinterpret_cast<const bf16*>(x), stride, how, first, last, codes);
+}
+
+void multiply_float(const Weight& weight, const Codes& codes, const float* bias, int64_t first_row,
+                    int64_t last_row, int64_t first_block, int64_t last_block, float* y,
+                    int64_t stride) {
+  multiply(weight, codes, bias, first_row, last_row, first_block, last_block, y, stride);
+}
+
+void multiply_bf16(const Weight& weight, const Codes& codes, const float* bias, int64_t first_row,
+                   int64_t last_row, int64_t first_block, int64_t last_block, uint16_t* y,
+                   int64_t stride) {
+  multiply(weight, codes, bias, first_row, last_row, first_block, last_block,
+           reinterpret_cast<bf16*>(y), stride);
+}
+
+constexpr Kernels KERNELS{ALIGNMENT, MOST_ROWS, quantize_float, quantize_bf16, multiply_float, multiply_bf16};
+
+}  // namespace
+}  // namespace torch_plugins
