@@ -31,6 +31,6 @@ def refuse_gradient(name: str, x: Tensor) -> None:
     """Raises RuntimeError where autograd would want the gradient of ``x``."""
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            f"{name} has no gradient, and x wants one: call it under torch.no_grad(), or train with "
-            "fake quantization (torch_plugins.w4a4.linear.FakeQuantLinear)"
+            f"{name} has no gradient, and x wants one: call it under torch.no_grad() or "
+            "torch.inference_mode()"
         )

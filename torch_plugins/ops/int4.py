@@ -17,10 +17,9 @@ s_x and z are those of the layer; or, without, ``s_x = 2 max|x[t]| / (2 ** b - 1
 largest feature of a token lies half way between two codes, and a product with 1 / s_x may round
 otherwise. A token with NaN, or one with an infinite feature whose scale is its own, gives NaN.
 
-*Prepacked.* :func:`prepack_w4` brings a weight, once, into the order in which CPUs read it, as
-``csrc/cpu/w4a4.h`` draws it: one run of bytes, the same on every machine, that holds scales and
-sizes too, and begins with the version of the format. :func:`w4a4_linear_prepacked` multiplies by it.
-:func:`w4a4_linear` prepacks anew in every call on a CPU, and reads plain storage on a GPU.
+*Prepacked.* ``prepack_w4`` brings a weight, once, into the order in which CPUs read it, as
+:mod:`torch_plugins.ops.prepacked` draws it. :func:`w4a4_linear` itself does so in every call on a
+CPU, and reads plain storage on a GPU.
 """
 
 from __future__ import annotations
