@@ -102,6 +102,7 @@ class Build(build_ext):
             nvcc,
             "-O3",
             "-std=c++17",
+            "-fmad=false",  # products and sums apart, as above
             "-Xcompiler=-fPIC,-fvisibility=hidden",
             TARGET,
             *gencode,

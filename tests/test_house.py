@@ -12,7 +12,21 @@ from torch_plugins import docs
 
 ROOT = Path(__file__).parents[1]
 TREES = ("torch_plugins", "megatron_plugins", "deepspeed_plugins", "csrc", "examples", "tests")
-TEXT = {".py", ".md", ".toml", ".sh", ".yml", ".yaml", ".json", ".txt", ".cfg", ".cpp", ".cu", ".h"}
+TEXT = {
+    ".py",
+    ".md",
+    ".toml",
+    ".sh",
+    ".yml",
+    ".yaml",
+    ".json",
+    ".txt",
+    ".cfg",
+    ".cpp",
+    ".cu",
+    ".cuh",
+    ".h",
+}
 
 MAY_IMPORT = {
     "torch_plugins": {"torch", "torch_plugins"},

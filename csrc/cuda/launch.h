@@ -1,0 +1,82 @@
+// Between torch and kernels: where arguments must lie, how kernels see them, and on which stream
+// they run.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <optional>
+
+#include "checks.h"
+#include "cuda/numbers.cuh"
+
+// Of libtorch_cuda; its header declares it only where the toolkit is that of torch's own build.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace torch_plugins::cuda {
+
+// The GPU and the stream that the caller chose, for as long as this lives.
+class Device {
+ public:
+  explicit Device(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
+
+  cudaStream_t stream() const {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
+
+  // Tensor cores with int4: sm_80 to sm_89.
+  bool has_int4() const {
+    int major = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_);
+    return major == 8;
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+inline void check_device(const Tensor& tensor, const char* what, const Tensor& first) {
+  if (!tensor.is_cuda() || tensor.get_device_index() != first.get_device_index())
+    fail(what, " is not on the GPU of the first argument: move it");
+}
+
+inline void check_floating(const Tensor& tensor, const char* what) {
+  check_dtype(tensor, what,
+              {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
+}
+
+inline Kind kind_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return Kind::f64;
+    case ScalarType::Half: return Kind::f16;
+    case ScalarType::BFloat16: return Kind::bf16;
+    default: return Kind::f32;
+  }
+}
+
+inline Floats floats(const Tensor& tensor) { return {tensor.const_data_ptr(), kind_of(tensor)}; }
+
+inline Floats floats(const std::optional<Tensor>& tensor) {
+  return tensor ? floats(*tensor) : Floats{};
+}
+
+// One floating element, beside `first`; nothing where it is not given.
+inline void check_one(const std::optional<Tensor>& tensor, const char* what, const Tensor& first) {
+  if (!tensor) return;
+  check_device(*tensor, what, first);
+  check_floating(*tensor, what);
+  if (tensor->numel() != 1)
+    fail(what, " has the shape ", shape_of(*tensor), ": must be one element");
+}
+
+// Raises what the launches before it were refused for.
+inline void check_launches(const char* what) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) fail(what, ": ", cudaGetErrorString(error));
+}
+
+}  // namespace torch_plugins::cuda

@@ -1,0 +1,100 @@
+"""The kernels of ``csrc/cuda``, run by the emulator, against the references in Python.
+
+Verified by emulation, not on a GPU: see ``cuda_emulator/emulator.h`` for what that cannot show.
+"""
+
+import pytest
+import torch
+
+from tests.csrc.cuda_emulation import KINDS, Emulator, Out, build
+from torch_plugins.ops.int4 import pack_int4
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory):
+    emulator = Emulator(build("linear", tmp_path_factory.mktemp("linear")))
+    yield emulator
+    emulator.close()
+
+
+def words(codes, bits):
+    """Neighbouring codes in int32, the first in the lowest bits."""
+    each = 32 // bits
+    parts = (codes.long() & (2**bits - 1)).unflatten(-1, (-1, each))
+    value = (parts << bits * torch.arange(each)).sum(-1)
+    return (value - (value >> 31 << 32)).to(torch.int32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_emulated_product_is_that_of_matrices(linear, bits):
+    """Fragments made from the manual's tables, word by word: no kernel is involved."""
+    most, k = 2 ** (bits - 1), 256 // bits
+    a = torch.randint(-most, most, (16, k))
+    b = torch.randint(-most, most, (k, 8))
+    rows, columns = words(a, bits), words(b.T, bits)  # [16, 8], [8, 8]
+    lane = torch.arange(32)
+    group, within = lane // 4, lane % 4
+    left = [rows[group, within], rows[group + 8, within]]
+    left += [rows[group, within + 4], rows[group + 8, within + 4]]
+    right = [columns[group, within], columns[group, within + 4]]
+    (d,) = linear.run(
+        "mma", torch.stack(left, -1), torch.stack(right, -1), Out((32, 4), torch.int32), bits
+    )
+    product = a @ b
+    for i in range(4):
+        found = product[group + i // 2 * 8, within * 2 + i % 2]
+        assert torch.equal(d[:, i].long(), found)
+
+
+def w4a4_case(rows, features, outputs, groups, dtype, static=False, zero=False, bias=False):
+    x = torch.randn(rows, features) * 3
+    weight = pack_int4(torch.randint(-8, 8, (outputs, features), dtype=torch.int8))
+    weight[:, -1] |= (features % 2) * 0xF0  # what belongs to nothing
+    scale = torch.rand(outputs, groups) + 0.1
+    return (
+        x.to(dtype),
+        weight,
+        scale.to(dtype),
+        torch.tensor([0.37], dtype=dtype) if static else None,
+        torch.tensor([1.3], dtype=dtype) if zero else None,
+        torch.randn(outputs).to(dtype) if bias else None,
+    )
+
+
+def emulated(linear, case, bits, int4, seed, offset=0):
+    x, weight, scale, *_, bias = case
+    if offset:
+        weight = torch.cat((weight.new_full((offset,), 77), weight.flatten()))
+    kinds = KINDS[x.dtype], KINDS[scale.dtype], KINDS[scale.dtype if bias is None else bias.dtype]
+    sizes = *x.shape, *scale.shape, bits, 4 if int4 else 8, offset
+    out = Out((x.shape[0], scale.shape[0]), x.dtype)
+    (y,) = linear.run("w4a4_linear", x, weight, *case[2:], out, *kinds, *sizes, seed=seed)
+    return y
+
+
+# rows, features, outputs, groups: whole tiles, ragged ones, odd groups, one of everything.
+SHAPES = [
+    (16, 256, 64, 1),
+    (1, 128, 70, 4),
+    (3, 75, 5, 1),
+    (65, 96, 66, 3),
+    (17, 45, 9, 5),
+    (2, 7, 1, 7),
+    (1, 1, 1, 1),
+    (70, 300, 130, 2),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("int4", [True, False])
+def test_w4a4_linear_is_exact(linear, shape, int4):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        dtype = DTYPES[seed % 3]
+        bits = (4, 3, 4, 2)[seed] if int4 else (4, 8, 5, 2)[seed]
+        case = w4a4_case(*shape, dtype, static=seed % 2, zero=seed // 2, bias=seed != 1)
+        reference = torch.ops.torch_plugins.w4a4_linear(*case, bits)
+        found = emulated(linear, case, bits, int4, seed, offset=(0, 1, 0, 16)[seed])
+        assert torch.equal(found, reference), (seed, dtype)
