@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3 $$HOME/.pyenv/versions/
 RUN     = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 
-.PHONY: env transformer-engine test-matrix matrix-checkout demo bench-ladder compare-power-lr serve-check gptq-check lm-eval-check test check format clean
+.PHONY: env transformer-engine test-matrix matrix-checkout demo bench-ladder bench-csrc compare-power-lr serve-check gptq-check lm-eval-check test check format clean
 
 env: $(STAMP)
 
@@ -121,13 +121,37 @@ GPTQ_WHEELS = llmcompressor==0.14.0.1 compressed-tensors==0.19.0 transformers==5
 gptq-check: .matrix/llmcompressor/.ready
 	$(RUN) -m pytest tests/hf/test_gptq_peer.py -s $(ARGS)
 
+# Peers of the native operators, likewise. ggml is compiled from the source package of its Python
+# bindings, in a minute or two; where that fails, or anything below, the benchmark says so and goes on.
+BENCH        = .matrix/bench-csrc
+BENCH_WHEELS = torchao==0.18.0 onnxruntime==1.32.0 onnx==1.23.2 ml-dtypes==0.6.0 protobuf==7.36.2 flatbuffers==25.12.19
+BENCH_GGML   = llama-cpp-python==0.3.36
+
+bench-csrc: $(BENCH)/.ready
+	$(BENCH)/bin/python examples/native_ops/bench.py $(ARGS)
+
+$(BENCH)/.ready: $(BENCH)/.wheels
+	$(MAKE) --no-print-directory $(BENCH)/ggml/.ready || echo "ggml was not built: it will not be compared with"
+	@touch $@
+
+$(BENCH)/ggml/.ready:
+	mkdir -p $(@D)
+	$(RUN) -m pip download -q --no-deps --no-binary :all: -d $(@D) $(BENCH_GGML)
+	tar -xzf $(@D)/*.tar.gz -C $(@D) --strip-components=1 --wildcards --no-wildcards-match-slash '*/vendor/llama.cpp'
+	cmake -S $(@D)/vendor/llama.cpp -B $(@D)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
+		-DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+		-DLLAMA_BUILD_SERVER=OFF > $(@D)/log
+	cmake --build $(@D)/build --target ggml --parallel $(or $(MAX_JOBS),2) >> $(@D)/log
+	@touch $@
+
 .matrix/llmcompressor/.ready: PIP = --no-deps $(GPTQ_WHEELS)
 .matrix/lm-eval/.ready: PIP = lm-eval==0.4.13
+$(BENCH)/.wheels: PIP = --upgrade --no-deps $(BENCH_WHEELS)
 
 lm-eval-check: .matrix/lm-eval/.ready
 	LM_EVAL_CHECK=1 $(RUN) -m pytest tests/hf/test_lm_eval.py $(ARGS)
 
-.matrix/llmcompressor/.ready .matrix/lm-eval/.ready: $(STAMP)
+.matrix/llmcompressor/.ready .matrix/lm-eval/.ready $(BENCH)/.wheels: $(STAMP)
 	$(RUN) -m venv --without-pip $(@D)
 	echo "import site; site.addsitedir('$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
 		> $$(echo $(@D)/lib/python*/site-packages)/base.pth

@@ -5,9 +5,6 @@
 
 #include "cpu/vec.h"
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 #if !defined(__AVX2__) && !defined(__AVX512F__)
 #include <torch/headeronly/util/Half.h>  // never in files of an instruction set, see vec.h
 #endif

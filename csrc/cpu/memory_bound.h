@@ -3,6 +3,8 @@
 // fp64 and fp32 for all others. Each call runs in one thread, on the rows that it is given.
 #pragma once
 
+#include <algorithm>
+
 #include "checks.h"
 
 namespace torch_plugins {
@@ -22,14 +24,56 @@ struct MemoryBound {
   // x, xhat and gradients [rows, d]; K and its gradient [rows], wide. What a pointer that is null
   // would give is neither computed nor added.
   void (*fake_quant_kurtosis)(const void* x, int64_t rows, int64_t d, const Clips& clips, double eps,
-                              void* xhat, void* k, bool stream);
+                              void* xhat, void* k, bool past_caches);
   ClipGradients (*fake_quant_kurtosis_backward)(const void* g_xhat, const void* g_k, const void* x,
                                                 int64_t rows, int64_t d, const Clips& clips,
-                                                double eps, void* dx, bool stream);
+                                                double eps, void* dx, bool past_caches);
 };
 
 // The kernels for this dtype on this machine.
 const MemoryBound& memory_bound(ScalarType type);
+
+constexpr std::initializer_list<ScalarType> FLOATING = {ScalarType::Float, ScalarType::BFloat16,
+                                                        ScalarType::Half, ScalarType::Double};
+
+// fp64 of fp64, fp32 of all others: what is computed in.
+ScalarType wide(ScalarType type);
+
+// All but the last dimension are rows.
+struct Rows {
+  int64_t rows, d;
+};
+Rows rows_of(const Tensor& x);
+
+// Fresh memory of the shape, dtype and, where dense, strides of `tensor`. Large ones ask for huge
+// pages: to map one takes about as long as to map a page of 4 KiB.
+Tensor fresh_like(const Tensor& tensor);
+
+// `tensor`, copied where its elements do not lie in the order of those of `like`, which is dense.
+Tensor laid_out_like(const Tensor& tensor, const Tensor& like);
+
+// Whether stores of rows of d elements shall go past the caches: `output` is larger than they are.
+bool past_caches(const Tensor& output, int64_t d);
+
+// f(first row, rows, number of the chunk) of about 8192 elements each, in parallel. The chunks are
+// the same for any number of threads.
+constexpr int64_t CHUNK = 8192;
+
+inline int64_t rows_of_a_chunk(int64_t d) { return d >= CHUNK ? 1 : CHUNK / (d > 0 ? d : 1); }
+inline int64_t chunks_of(Rows x) {
+  return (x.rows + rows_of_a_chunk(x.d) - 1) / rows_of_a_chunk(x.d);
+}
+
+template <class F>
+void each_chunk(Rows x, const F& f) {
+  const int64_t size = rows_of_a_chunk(x.d);
+  torch::stable::parallel_for(0, chunks_of(x), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * size;
+      f(first, std::min(size, x.rows - first), chunk);
+    }
+  });
+}
 
 // Of each instruction set, by dtype: float32, bfloat16, float16, float64.
 extern const MemoryBound memory_bound_portable[4], memory_bound_avx2[4], memory_bound_avx512[4];

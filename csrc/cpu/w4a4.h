@@ -60,8 +60,8 @@ struct Kernels {
                    int64_t last, const Codes& codes);
   void (*quantize_bf16)(const uint16_t* x, int64_t stride, const Quantization& how, int64_t first,
                         int64_t last, const Codes& codes);
-  // y[row, 16 block ...] = x[row] W^T + bias for blocks and rows from first to last, the last left
-  // out; rows of `stride` elements. Writes no column beyond the weight's rows.
+  // x W^T + bias for rows and blocks from first to last, the last left out, into y, rows of `stride`
+  // elements that begin with the first of both. Writes no column beyond the weight's rows.
   void (*multiply)(const Weight& weight, const Codes& codes, const float* bias, int64_t first_row,
                    int64_t last_row, int64_t first_block, int64_t last_block, float* y,
                    int64_t stride);

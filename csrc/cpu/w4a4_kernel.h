@@ -130,7 +130,7 @@ INLINE void finish(const float* sums, float scale, const float* bias, int64_t co
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// `rows` rows of codes by BLOCKS blocks of the weight.
+// `rows` rows of codes by BLOCKS blocks of the weight; y is where the first result goes.
 template <class T, int ROWS, int BLOCKS>
 void multiply_tile(int64_t rows, const Weight& weight, const Codes& codes, const float* bias,
                    int64_t row, int64_t block, T* y, int64_t stride) {
@@ -155,7 +155,7 @@ void multiply_tile(int64_t rows, const Weight& weight, const Codes& codes, const
   const int64_t column = block * BLOCK, count = least(COLUMNS, weight.rows - column);
   for (int64_t i = 0; i < rows; ++i)
     finish(totals + i * COLUMNS, codes.scales[row + i], bias ? bias + column : nullptr, count,
-           y + (row + i) * stride + column);
+           y + i * stride);
 }
 
 constexpr int KINDS = sizeof HEIGHTS / sizeof HEIGHTS[0], MOST_ROWS = HEIGHTS[KINDS - 1];
@@ -173,35 +173,32 @@ INLINE void multiply_rows(int64_t rows, const Weight& weight, const Codes& codes
 }
 
 // Blocks BLOCKS at a time, as many as there are whole ones; rows up to LIMIT at a time, in portions
-// that differ by little. Returns the first block that is left.
+// that differ by little. Moves `block` to the first that is left, and y with it.
 template <class T, int LIMIT, int BLOCKS>
-int64_t multiply_blocks(const Weight& weight, const Codes& codes, const float* bias,
-                        int64_t first_row, int64_t last_row, int64_t block, int64_t last_block,
-                        T* y, int64_t stride) {
+void multiply_blocks(const Weight& weight, const Codes& codes, const float* bias, int64_t first_row,
+                     int64_t last_row, int64_t& block, int64_t last_block, T*& y, int64_t stride) {
   const int64_t rows = last_row - first_row;
   const int64_t portions = (rows + LIMIT - 1) / LIMIT;
   const int64_t height = EVEN ? (rows + portions - 1) / portions : LIMIT;
-  for (; block + BLOCKS <= last_block; block += BLOCKS)
+  for (; block + BLOCKS <= last_block; block += BLOCKS, y += BLOCKS * BLOCK)
     for (int64_t row = first_row; row < last_row; row += height)
       multiply_rows<T, LIMIT, BLOCKS>(least(height, last_row - row), weight, codes, bias, row,
-                                      block, y, stride);
-  return block;
+                                      block, y + (row - first_row) * stride, stride);
 }
 
 template <class T>
 void multiply(const Weight& weight, const Codes& codes, const float* bias, int64_t first_row,
-              int64_t last_row, int64_t first_block, int64_t last_block, T* y, int64_t stride) {
+              int64_t last_row, int64_t block, int64_t last_block, T* y, int64_t stride) {
   const int64_t rows = last_row - first_row;
   if (rows <= 0) return;
-  int64_t block = first_block;
   if (rows == 1)
-    block = multiply_blocks<T, 1, BLOCKS_OF_A_ROW>(weight, codes, bias, first_row, last_row, block,
-                                                   last_block, y, stride);
+    multiply_blocks<T, 1, BLOCKS_OF_A_ROW>(weight, codes, bias, first_row, last_row, block,
+                                           last_block, y, stride);
   else if (rows <= FEW_ROWS)
-    block = multiply_blocks<T, FEW_ROWS, BLOCKS_OF_FEW>(weight, codes, bias, first_row, last_row,
-                                                        block, last_block, y, stride);
-  block = multiply_blocks<T, MOST_ROWS, MOST_BLOCKS>(weight, codes, bias, first_row, last_row,
-                                                     block, last_block, y, stride);
+    multiply_blocks<T, FEW_ROWS, BLOCKS_OF_FEW>(weight, codes, bias, first_row, last_row, block,
+                                                last_block, y, stride);
+  multiply_blocks<T, MOST_ROWS, MOST_BLOCKS>(weight, codes, bias, first_row, last_row, block,
+                                             last_block, y, stride);
   multiply_blocks<T, MOST_ROWS, 1>(weight, codes, bias, first_row, last_row, block, last_block, y,
                                    stride);
 }

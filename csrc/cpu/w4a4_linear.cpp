@@ -75,12 +75,13 @@ void linear(const Tensor& x, const Quantization& quantization, const Weight& wei
       const int64_t row = part * chunk, last_row = std::min(rows, row + chunk);
       const int64_t block = (task - part * strips) * STRIP;
       const int64_t last_block = std::min(blocks, (last - part * strips) * STRIP);
+      const int64_t at = row * weight.rows + block * BLOCK;
       if (half)
         kernels.multiply_bf16(weight, inputs.codes, bias, row, last_row, block, last_block,
-                              mutable_data<uint16_t>(y), weight.rows);
+                              mutable_data<uint16_t>(y) + at, weight.rows);
       else
         kernels.multiply(weight, inputs.codes, bias, row, last_row, block, last_block,
-                         mutable_data<float>(y), weight.rows);
+                         mutable_data<float>(y) + at, weight.rows);
       task = last;
     }
   });

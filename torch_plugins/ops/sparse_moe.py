@@ -218,11 +218,16 @@ def w4a4_sparse_moe_prepacked_reference(
     input_bits: int,
 ) -> Tensor:
     """:func:`w4a4_sparse_moe_prepacked` by torch's own operators."""
-    into, out_of = (
-        [torch.stack(parts) for parts in list(zip(*map(unprepack_w4, blobs), strict=True))[:2]]
-        for blobs in (gate_up, down)
+    into, into_scale = _unprepacked(gate_up)
+    out_of, out_scale = _unprepacked(down)
+    return w4a4_sparse_moe_reference(
+        x, scores, kept, into, into_scale, out_of, out_scale, gated, activation, input_bits
     )
-    return w4a4_sparse_moe_reference(x, scores, kept, *into, *out_of, gated, activation, input_bits)
+
+
+def _unprepacked(experts: Tensor) -> tuple[Tensor, Tensor]:
+    parts = [unprepack_w4(expert) for expert in experts]
+    return torch.stack([weight for weight, _, _ in parts]), torch.stack([s for _, s, _ in parts])
 
 
 def _w4a4_sparse_moe_prepacked_fake(
