@@ -1,7 +1,7 @@
-"""Kernels of ``csrc/cuda`` on the host: builds the programs of ``cuda_emulator/`` and talks to them.
+"""Kernels of ``csrc/cuda`` on the host: builds the programs of ``cuda_emulator/`` and runs them.
 
-A program has the kernels' own source, under AddressSanitizer and UndefinedBehaviorSanitizer. It ends
-at the first error; what it says is then the text of :class:`Crash`.
+A program has the kernels' own source, under AddressSanitizer and UndefinedBehaviorSanitizer. It
+ends at the first error; what it says is then the text of :class:`Crash`.
 """
 
 import os
@@ -72,7 +72,7 @@ class Emulator:
     """A program that is kept running: one kernel after the other."""
 
     def __init__(self, program):
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [program],
             stdin=subprocess.PIPE,

@@ -91,7 +91,7 @@ struct Block {
   std::map<std::pair<const char*, int>, std::unique_ptr<char[]>> shared;
   Thread* current = nullptr;
   std::vector<Thread*> ready;
-  unsigned left = 0;
+  unsigned left = 0, patience = 2;
   ucontext_t scheduler;
   const void* bottom = nullptr;
   size_t depth = 0;
@@ -113,6 +113,18 @@ inline void give_way() {
   __sanitizer_finish_switch_fiber(self.fake, nullptr, nullptr);
 }
 
+// They may go on, in an order of its own: of single threads, or of whole warps.
+inline void free(std::vector<Thread*>& threads) {
+  std::shuffle(threads.begin(), threads.end(), chance);
+  if (chance() & 1) {
+    const auto salt = chance();
+    const auto key = [=](Thread* one) { return reinterpret_cast<uintptr_t>(one->warp) * (salt | 1); };
+    std::stable_sort(threads.begin(), threads.end(),
+                     [=](auto* a, auto* b) { return key(a) < key(b); });
+  }
+  running->ready.insert(running->ready.end(), threads.begin(), threads.end());
+}
+
 // Waits until all have come; the last one calls last() before.
 template <class Last>
 void meet(Meeting& meeting, Last last) {
@@ -120,8 +132,7 @@ void meet(Meeting& meeting, Last last) {
   if (meeting.waiting.size() == meeting.size) {
     last();
     ++meeting.round;
-    std::shuffle(meeting.waiting.begin(), meeting.waiting.end(), chance);
-    running->ready.insert(running->ready.end(), meeting.waiting.begin(), meeting.waiting.end());
+    free(meeting.waiting);
     meeting.waiting.clear();
   }
   give_way();
@@ -176,13 +187,13 @@ inline void enter() {
   swapcontext(&block.current->context, &block.scheduler);
 }
 
-// Half of the draws let a thread go on that was free to the last, so that warps run far ahead of
-// others.
+// Mostly one that came free last, so that some warps run far ahead of others: how often is drawn
+// anew for each block.
 inline Thread* next(Block& block) {
   std::vector<Thread*>& ready = block.ready;
   if (ready.empty() && block.left) stop("threads wait at a barrier that others never reach");
   if (ready.empty()) return nullptr;
-  if (chance() & 1) std::swap(ready[chance() % ready.size()], ready.back());
+  if (chance() % block.patience == 0) std::swap(ready[chance() % ready.size()], ready.back());
   Thread* chosen = ready.back();
   ready.pop_back();
   return chosen;
@@ -201,10 +212,12 @@ inline void run_block(Block& block) {
   const unsigned count = block.size.x * block.size.y * block.size.z;
   if (count == 0 || count % WARP) stop("a block is not a number of whole warps");
   block.left = block.barrier.size = count;
+  block.patience = 2u << 3 * (chance() % 3);
   block.warps.resize(count / WARP);
   block.threads.resize(count);
   for (Warp& warp : block.warps) warp.meeting.size = WARP;
   while (stacks.size() < count) stacks.emplace_back(new char[STACK]);
+  std::vector<Thread*> all;
   for (unsigned i = 0; i < count; ++i) {
     Thread& thread = block.threads[i];
     thread.index = dim3(i % block.size.x, i / block.size.x % block.size.y,
@@ -212,9 +225,9 @@ inline void run_block(Block& block) {
     thread.lane = i % WARP;
     thread.warp = &block.warps[i / WARP];
     prepare(thread.context, stacks[i].get());
-    block.ready.push_back(&thread);
+    all.push_back(&thread);
   }
-  std::shuffle(block.ready.begin(), block.ready.end(), chance);
+  free(all);
   while (Thread* thread = next(block)) {
     block.current = thread;
     void* fake = nullptr;
