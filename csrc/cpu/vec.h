@@ -38,7 +38,7 @@ struct bf16 {
   uint16_t bits;
 };
 
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE static inline __attribute__((always_inline, unused))
 
 INLINE Floats splat(float x) { return Floats{} + x; }
 

@@ -1,0 +1,7 @@
+#include "cpu/experts_kernel.h"
+
+namespace torch_plugins {
+
+const ExpertKernels& experts_avx512() { return EXPERT_KERNELS; }
+
+}  // namespace torch_plugins
