@@ -46,13 +46,12 @@ INLINE void products_tile(const float* x, int64_t x_stride, const W* w, int64_t 
 template <class W, int OUTPUTS_>
 INLINE void products_rows(const float* x, int64_t x_stride, int64_t rows, const W* w,
                           int64_t w_stride, int64_t count, float* y, int64_t y_stride) {
-  int64_t row = 0;
-  for (; row + ROWS <= rows; row += ROWS)
-    products_tile<W, ROWS, OUTPUTS_>(x + row * x_stride, x_stride, w, w_stride, count,
-                                     y + row * y_stride, y_stride);
-  for (; row < rows; ++row)
-    products_tile<W, 1, OUTPUTS_>(x + row * x_stride, x_stride, w, w_stride, count,
-                                  y + row * y_stride, y_stride);
+  for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, y += ROWS * y_stride) switch (rows) {
+      case 1: products_tile<W, 1, OUTPUTS_>(x, x_stride, w, w_stride, count, y, y_stride); break;
+      case 2: products_tile<W, 2, OUTPUTS_>(x, x_stride, w, w_stride, count, y, y_stride); break;
+      case 3: products_tile<W, 3, OUTPUTS_>(x, x_stride, w, w_stride, count, y, y_stride); break;
+      default: products_tile<W, ROWS, OUTPUTS_>(x, x_stride, w, w_stride, count, y, y_stride);
+    }
 }
 
 template <class W>

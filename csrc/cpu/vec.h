@@ -116,9 +116,12 @@ INLINE Floats round_even(Floats x) {
 }
 
 INLINE float sum(Floats x) {
-  float out = 0;
-  for (int i = 0; i < WIDTH; ++i) out += x[i];
-  return out;
+  using Quad = float __attribute__((vector_size(16)));
+  Quad parts[WIDTH / 4];
+  std::memcpy(parts, &x, sizeof parts);
+  Quad all = parts[0];
+  for (int i = 1; i < WIDTH / 4; ++i) all += parts[i];
+  return (all[0] + all[2]) + (all[1] + all[3]);
 }
 
 INLINE float largest(Floats x) {
