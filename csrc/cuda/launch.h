@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <optional>
+#include <vector>
 
 #include "checks.h"
 #include "cuda/numbers.cuh"
@@ -71,6 +72,48 @@ inline void check_one(const std::optional<Tensor>& tensor, const char* what, con
   check_floating(*tensor, what);
   if (tensor->numel() != 1)
     fail(what, " has the shape ", shape_of(*tensor), ": must be one element");
+}
+
+inline void check_same_shape(const Tensor& tensor, const char* what, const Tensor& as) {
+  bool same = tensor.dim() == as.dim();
+  for (int64_t i = 0; same && i < as.dim(); ++i) same = tensor.size(i) == as.size(i);
+  if (!same) fail(what, " has the shape ", shape_of(tensor), ": must be ", shape_of(as));
+}
+
+// A result beside x, of its dtype and shape, contiguous.
+inline Tensor fresh(const Tensor& x) {
+  return torch::stable::new_empty(x, x.sizes(), x.scalar_type());
+}
+
+// `result` with the strides that torch's own operators give to what they make of x.
+inline Tensor laid_out_as(const Tensor& x, const Tensor& result) {
+  if (x.is_contiguous()) return result;
+  Tensor out = torch::stable::empty_like(x);
+  torch::stable::copy_(out, result);
+  return out;
+}
+
+inline ScalarType wide_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Rows of d features: all but the last dimension, and the last.
+struct Rows {
+  int64_t count = 1, d = 1;
+  std::vector<int64_t> shape;  // of one number a row
+
+  Rows(const Tensor& x, const char* what) {
+    if (x.dim() < 1) fail(what, " has no dimensions: must be [..., d]");
+    shape.assign(x.sizes().begin(), x.sizes().end() - 1);
+    for (int64_t size : shape) count *= size;
+    d = x.size(x.dim() - 1);
+  }
+};
+
+inline void check_row_numbers(const Tensor& tensor, const char* what, const Rows& rows) {
+  bool same = tensor.dim() == static_cast<int64_t>(rows.shape.size());
+  for (int64_t i = 0; same && i < tensor.dim(); ++i) same = tensor.size(i) == rows.shape[i];
+  if (!same) fail(what, " has the shape ", shape_of(tensor), ": must be one number for each row");
 }
 
 // Raises what the launches before it were refused for.

@@ -18,29 +18,55 @@ struct Floats {
   const void* data = nullptr;
   Kind kind = Kind::f32;
 
-  __device__ float operator[](int64_t i) const {
+  template <class T>
+  __device__ T get(int64_t i) const {
     switch (kind) {
-      case Kind::f64: return static_cast<float>(static_cast<const double*>(data)[i]);
-      case Kind::f16: return static_cast<const half*>(data)[i];
-      case Kind::bf16: return static_cast<const cuda::bf16*>(data)[i];
+      case Kind::f64: return static_cast<T>(static_cast<const double*>(data)[i]);
+      case Kind::f16: return static_cast<float>(static_cast<const half*>(data)[i]);
+      case Kind::bf16: return static_cast<float>(static_cast<const cuda::bf16*>(data)[i]);
       default: return static_cast<const float*>(data)[i];
     }
   }
+
+  __device__ float operator[](int64_t i) const { return get<float>(i); }
 };
 
 struct Output {
   void* data;
   Kind kind;
 
-  __device__ void set(int64_t i, float value) const {
+  template <class T>
+  __device__ void set(int64_t i, T value) const {
     switch (kind) {
       case Kind::f64: static_cast<double*>(data)[i] = value; break;
-      case Kind::f16: static_cast<half*>(data)[i] = value; break;
-      case Kind::bf16: static_cast<cuda::bf16*>(data)[i] = value; break;
-      default: static_cast<float*>(data)[i] = value;
+      case Kind::f16: static_cast<half*>(data)[i] = static_cast<float>(value); break;
+      case Kind::bf16: static_cast<cuda::bf16*>(data)[i] = static_cast<float>(value); break;
+      default: static_cast<float*>(data)[i] = static_cast<float>(value);
     }
   }
 };
+
+// fp32, or fp64 where the dtype is: what an operator computes in.
+template <class T>
+struct Wide {
+  using type = float;
+};
+
+template <>
+struct Wide<double> {
+  using type = double;
+};
+
+// f(T()) with the type of the kind.
+template <class F>
+void by_kind(Kind kind, F f) {
+  switch (kind) {
+    case Kind::f64: return f(double());
+    case Kind::f16: return f(half());
+    case Kind::bf16: return f(bf16());
+    default: return f(float());
+  }
+}
 
 constexpr int WARP = 32;
 
@@ -71,6 +97,10 @@ __device__ T over_block(T value, T* memory, Join join) {
   __syncthreads();
   return value;
 }
+
+// To the nearest whole number, ties to even.
+__device__ inline float nearest(float x) { return rintf(x); }
+__device__ inline double nearest(double x) { return rint(x); }
 
 inline __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -25,7 +25,7 @@ __device__ inline int code_of(float x, float scale, float zero, bool shifted, in
   if (shifted) place += zero;
   lost |= place != place;
   place = place > most - 1 ? most - 1 : place < -most ? -most : place;
-  return place == place ? static_cast<int>(rintf(place)) : 0;
+  return place == place ? static_cast<int>(nearest(place)) : 0;
 }
 
 // One block a row. BITS = 4: two codes a byte, as weights are stored; BITS = 8: int8.

@@ -118,7 +118,7 @@ inline void free(std::vector<Thread*>& threads) {
   std::shuffle(threads.begin(), threads.end(), chance);
   if (chance() & 1) {
     const auto salt = chance();
-    const auto key = [=](Thread* one) { return reinterpret_cast<uintptr_t>(one->warp) * (salt | 1); };
+    const auto key = [=](Thread* t) { return reinterpret_cast<uintptr_t>(t->warp) * (salt | 1); };
     std::stable_sort(threads.begin(), threads.end(),
                      [=](auto* a, auto* b) { return key(a) < key(b); });
   }
