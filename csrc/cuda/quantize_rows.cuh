@@ -16,6 +16,10 @@ struct QuantizeRows {
   uint8_t* codes;        // [rows, stride]; columns beyond the last: code 0
   int64_t stride;        // in bytes, a multiple of 16
   float* scale;          // [rows]; NaN where an element is
+  int64_t first = 0;     // the element of x where the first row begins
+  // With experts: only counts[e] of the rows_of_each rows of expert e.
+  const int32_t* counts = nullptr;
+  int64_t rows_of_each = 1;
 };
 
 // The code of x. Codes have no NaN: `lost` says that there was one.
@@ -32,7 +36,8 @@ __device__ inline int code_of(float x, float scale, float zero, bool shifted, in
 template <int BITS>
 __global__ void __launch_bounds__(QUANTIZE_THREADS) quantize_rows_kernel(QuantizeRows p) {
   SHARED(uint32_t, memory, QUANTIZE_THREADS / WARP);
-  const int64_t row = blockIdx.x, first = row * p.columns;
+  const int64_t row = blockIdx.x, first = p.first + row * p.columns;
+  if (p.counts && row % p.rows_of_each >= p.counts[row / p.rows_of_each]) return;
   float scale = 1;
   if (p.given_scale.data) {
     scale = p.given_scale[0];

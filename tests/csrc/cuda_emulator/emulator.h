@@ -277,6 +277,17 @@ T __shfl_up_sync(unsigned mask, T value, unsigned distance) {
   return emulator::of_lane<T>(side, lane < distance ? lane : lane - distance);
 }
 
+inline unsigned __ballot_sync(unsigned mask, bool vote) {
+  if (mask != 0xffffffffu) emulator::stop("only whole warps");
+  const unsigned side = emulator::exchange("ballot", unsigned(vote), [](unsigned) {});
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    votes |= emulator::of_lane<unsigned>(side, lane) << lane;
+  return votes;
+}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 // Byte i of the result is the byte of {a: 0 to 3, b: 4 to 7} that the half byte i of `which` names.
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t which) {
   const uint64_t both = uint64_t(b) << 32 | a;

@@ -1,0 +1,85 @@
+"""Mixtures of experts in ``csrc/cuda``, run by the emulator."""
+
+import pytest
+import torch
+
+from tests.csrc.cuda_emulation import KINDS, Emulator, Out, build
+from torch_plugins.ops import sparse_moe as moe
+from torch_plugins.ops.int4 import pack_int4
+
+ACTIVATIONS = list(moe.ACTIVATIONS)
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    # So little memory that tokens go through in parts; 20 of them with the sizes below.
+    little = ("sparse_moe.cuh", "int64_t(256) << 20", "20 * 4 * (3 * 24 + 18) * 4")
+    emulator = Emulator(build("moe", tmp_path_factory.mktemp("moe"), [little]))
+    yield emulator
+    emulator.close()
+
+
+def routing(tokens, experts, dtype=torch.float32):
+    """Scores of all, and about half of the experts kept; one has none, one token keeps none."""
+    torch.manual_seed(tokens)
+    scores, kept = torch.rand(tokens, experts).to(dtype), torch.rand(tokens, experts) > 0.5
+    kept[:, experts // 2] = False
+    kept[tokens // 2] = False
+    return scores, kept
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gated", "activation", "dtype"),
+    [
+        (3, True, "silu", torch.float32),
+        (45, True, "gelu", torch.float32),
+        (21, False, "gelu_tanh", torch.bfloat16),
+        (1, True, "relu", torch.float16),
+        (5, False, "silu", torch.float64),
+    ],
+)
+def test_sparse_moe(emulator, tokens, gated, activation, dtype):
+    experts, hidden, width = 4, 18, 24
+    scores, kept = routing(tokens, experts, dtype if tokens == 21 else torch.float32)
+    x = torch.randn(tokens, hidden).to(dtype)
+    gate, up = torch.randn(2, experts, width, hidden).to(dtype) / 4
+    down = (torch.randn(hidden, experts * width).to(dtype) / 4).unflatten(1, (experts, width))
+    down = down.transpose(0, 1)  # a view [N, D, F] of [D, N F]
+    gate = gate if gated else None
+    sizes = tokens, hidden, experts, width, hidden, gated, ACTIVATIONS.index(activation)
+    (y,) = emulator.run(
+        "sparse_moe",
+        *(x, scores, kept, gate, up, down.transpose(0, 1), Out(x.shape, dtype)),
+        *(KINDS[dtype], KINDS[scores.dtype], *sizes, width, experts * width),
+        seed=tokens,
+    )
+    expected = moe.sparse_moe_reference(x, scores, kept, gate, up, down, activation)
+    error = {torch.bfloat16: 3e-2, torch.float16: 4e-3}.get(dtype, 1e-5)
+    torch.testing.assert_close(y, expected, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("int4", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "gated", "activation", "dtype"),
+    [(3, True, "relu", torch.float32), (45, False, "relu", torch.bfloat16)],
+)
+def test_w4a4_sparse_moe_is_exact(emulator, tokens, gated, activation, dtype, int4):
+    experts, hidden, width, groups = 4, 18, 24, 3
+    scores, kept = routing(tokens, experts)
+    x = torch.randn(tokens, hidden).to(dtype)
+    inner = 2 * width if gated else width
+    gate_up = pack_int4(torch.randint(-8, 8, (experts, inner, hidden), dtype=torch.int8))
+    down = pack_int4(torch.randint(-8, 8, (experts, hidden, width), dtype=torch.int8))
+    scales = torch.rand(experts, inner, groups) + 0.1, torch.rand(experts, hidden, 1) + 0.1
+    bits = 4 if int4 else 8
+    sizes = tokens, hidden, experts, width, hidden, gated, ACTIVATIONS.index(activation)
+    (y,) = emulator.run(
+        "w4a4_sparse_moe",
+        *(x, scores, kept, gate_up, scales[0], down, scales[1], Out(x.shape, dtype)),
+        *(KINDS[dtype], 0, *sizes, 0, groups, 1, bits, bits),
+        seed=tokens,
+    )
+    expected = moe.w4a4_sparse_moe_reference(
+        *(x, scores, kept, gate_up, scales[0], down, scales[1], gated, activation, bits)
+    )
+    assert torch.equal(y, expected)
