@@ -74,12 +74,6 @@ inline void check_one(const std::optional<Tensor>& tensor, const char* what, con
     fail(what, " has the shape ", shape_of(*tensor), ": must be one element");
 }
 
-inline void check_same_shape(const Tensor& tensor, const char* what, const Tensor& as) {
-  bool same = tensor.dim() == as.dim();
-  for (int64_t i = 0; same && i < as.dim(); ++i) same = tensor.size(i) == as.size(i);
-  if (!same) fail(what, " has the shape ", shape_of(tensor), ": must be ", shape_of(as));
-}
-
 // A result beside x, of its dtype and shape, contiguous.
 inline Tensor fresh(const Tensor& x) {
   return torch::stable::new_empty(x, x.sizes(), x.scalar_type());

@@ -102,6 +102,9 @@ __device__ T over_block(T value, T* memory, Join join) {
 __device__ inline float nearest(float x) { return rintf(x); }
 __device__ inline double nearest(double x) { return rint(x); }
 
+__device__ inline float root(float x) { return sqrtf(x); }
+__device__ inline double root(double x) { return sqrt(x); }
+
 inline __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace torch_plugins::cuda

@@ -7,6 +7,7 @@ from tests.csrc.cuda_emulation import KINDS, Emulator, Out, build
 from torch_plugins.ops import fake_quant as quantizer
 from torch_plugins.ops import fake_quant_kurtosis as both
 from torch_plugins.ops import kurtosis as moments
+from torch_plugins.ops import residual_add_rms_norm as norm
 
 # Rows and features: a warp for a row, a block for a row, one of each, rows that blocks share.
 SHAPES = [(5, 33), (3, 700), (1, 1), (12, 2)]
@@ -85,6 +86,32 @@ def test_both_at_once(emulator, shape, dtype):
     expected = both.fake_quant_kurtosis_backward_reference(g, h, x, high, low, BITS, EPS)
     for of_emulator, of_reference in zip(found, expected, strict=True):
         close(of_emulator, of_reference)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("shape", "dtype"), [*CASES, ((70, 300), torch.bfloat16)])
+def test_residual_add_rms_norm(emulator, shape, dtype, weighted):
+    residual, update, h, *_ = inputs(shape, dtype)
+    weight = torch.rand(shape[1], dtype=torch.float32) if weighted else None
+    numbers = KINDS[dtype], 0, *shape, 1e-6
+    outs = Out(shape, dtype), Out(shape, dtype), Out(shape[:1], h.dtype)
+    found = emulator.run("residual_add_rms_norm", residual, update, weight, *outs, *numbers)
+    expected = norm.residual_add_rms_norm_reference(residual, update, weight, 1e-6)
+    assert torch.equal(found[0], expected[0])
+    close(found[1], expected[1])
+    close(found[2], expected[2])
+
+    total, _, rstd = expected
+    g_sum = residual if weighted else None
+    of_weight = (weight.shape, weight.dtype) if weighted else (0, dtype)
+    found = emulator.run(
+        "residual_add_rms_norm_backward",
+        *(g_sum, update, total, rstd, weight, Out(shape, dtype), Out(*of_weight)),
+        *numbers,
+    )
+    backward = norm.residual_add_rms_norm_backward_reference(g_sum, update, total, rstd, weight)
+    close(found[0], backward[0])
+    close(found[1], backward[1])
 
 
 def test_nan_and_nothing(emulator):

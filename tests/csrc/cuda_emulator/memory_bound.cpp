@@ -1,6 +1,7 @@
 #include "cuda_emulator/serve.h"
 
 #include "cuda/fake_quant_kurtosis.cuh"
+#include "cuda/residual_add_rms_norm.cuh"
 
 using namespace torch_plugins::cuda;
 
@@ -83,6 +84,31 @@ void run_both_backward(emulator::Case& c) {
   });
 }
 
+// residual, update, weight or None, total, normed, rstd
+void run_add_norm(emulator::Case& c) {
+  by_kind(kind(c, 0), [&](auto t) {
+    using T = decltype(t);
+    residual_add_rms_norm<T>(c.buffer<T>(0), c.buffer<T>(1), {c.buffer<char>(2), kind(c, 1)},
+                             c.numbers[2], c.numbers[3], c.reals[0], c.buffer<T>(3),
+                             c.buffer<T>(4), c.buffer<typename Wide<T>::type>(5), nullptr);
+  });
+}
+
+// g_sum or None, g_normed, total, rstd, weight or None, dx, d_weight
+void run_add_norm_backward(emulator::Case& c) {
+  by_kind(kind(c, 0), [&](auto t) {
+    using T = decltype(t);
+    using W = typename Wide<T>::type;
+    const int64_t rows = c.numbers[2], d = c.numbers[3], splits = weight_splits(rows);
+    const auto partial = scratch<W>(splits * d);
+    const AddNormBackward<T> p{c.buffer<T>(0), c.buffer<T>(1),  c.buffer<T>(2),
+                               c.buffer<W>(3), {c.buffer<char>(4), kind(c, 1)},
+                               rows,           d,               c.buffer<T>(5),
+                               {c.buffer<char>(6), kind(c, 1)}, partial.get(), splits};
+    residual_add_rms_norm_backward(p, nullptr);
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -91,5 +117,7 @@ int main() {
                           {"kurtosis", run_kurtosis},
                           {"kurtosis_backward", run_kurtosis_backward},
                           {"fake_quant_kurtosis", run_both},
-                          {"fake_quant_kurtosis_backward", run_both_backward}});
+                          {"fake_quant_kurtosis_backward", run_both_backward},
+                          {"residual_add_rms_norm", run_add_norm},
+                          {"residual_add_rms_norm_backward", run_add_norm_backward}});
 }
