@@ -5,16 +5,22 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3 $$HOME/.pyenv/versions/
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12) or sys.version_info >= (3, 14))' >/dev/null 2>&1 && echo $$p && break; done)
 RUN     = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
+NATIVE  = $(VENV)/.native
 
 .PHONY: env transformer-engine test-matrix matrix-checkout demo bench-ladder bench-csrc compare-power-lr serve-check gptq-check lm-eval-check test check format clean
 
-env: $(STAMP)
+env: $(STAMP) $(NATIVE)
 
 $(STAMP): pyproject.toml setup.py
 	@test -n "$(PYTHON)" || { echo "no Python 3.12 or 3.13 found: install one, or say make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q --upgrade pip "setuptools>=77" wheel
 	$(RUN) -m pip install -q -e ".[dev]"
+	@touch $@
+
+# csrc/, where there is a compiler; without one every operator runs in Python.
+$(NATIVE): $(STAMP) setup.py $(shell find csrc -type f)
+	$(RUN) setup.py -q build_ext --inplace
 	@touch $@
 
 demo: env

@@ -3,7 +3,8 @@
 ``TORCH_PLUGINS_BUILD`` says what to build:
 
 =========  ==================================================================================
-``auto``   the default: what can be built, with a warning for what cannot; never an error
+``auto``   the default: the CPU library, and the CUDA library where there is a GPU; a warning
+           where one cannot be built, never an error
 ``0``      nothing: every operator runs in Python
 ``cpu``    the CPU library, or an error
 ``cuda``   both libraries, or an error; ``TORCH_CUDA_ARCH_LIST="8.0;9.0a"`` narrows the GPUs
@@ -38,7 +39,9 @@ ROOT = Path(__file__).parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", TARGET]
 # Products and sums stay apart, as in torch's own kernels: results are then those of the references.
-CPU = [*COMMON, "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# GCC 12 warns of its own intrinsics as uninitialized.
+CPU = [*COMMON, "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+CPU += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c".split()
 BY_SUFFIX = {
     "x86_64": {
@@ -62,7 +65,7 @@ class Build(build_ext):
         if wanted not in ("auto", "0", "cpu", "cuda"):
             raise SystemExit(f"TORCH_PLUGINS_BUILD={wanted}: must be auto, 0, cpu or cuda")
         cuda = extension.name.endswith("cuda")
-        if wanted == "0" or (wanted == "cpu" and cuda):
+        if wanted == "0" or (cuda and wanted != "cuda" and not (wanted == "auto" and has_gpu())):
             return
         try:
             (self.build_cuda if cuda else self.build_cpu)(extension)
@@ -176,8 +179,12 @@ def torch_folder() -> Path:
     raise Missing("torch >= 2.10 is not installed where this builds: install it, then these again")
 
 
+def has_gpu() -> bool:
+    return any(Path(f"/dev/{device}").exists() for device in ("nvidiactl", "dxg"))
+
+
 def include(torch: Path) -> list[str]:
-    return [f"-I{ROOT / 'csrc'}", f"-isystem{torch / 'include'}"]
+    return [f"-I{ROOT / 'csrc'}", "-isystem", f"{torch / 'include'}"]
 
 
 def run(command: list[str]) -> None:

@@ -48,6 +48,7 @@ def diagnose() -> dict[str, Any]:
         },
         "activation": report.activation("deepspeed_plugins", VARIABLES),
         "features": {key: feature.where() for key, feature in available().items()},
+        "native_ops": report.native_operators(),
         "hooks": hooks,
         "trainer": trainer,
         "symbols": [report.examine(symbol, _autoload.disabled()) for symbol in USED],
@@ -60,6 +61,7 @@ def render(found: dict[str, Any]) -> str:
     lines = []
     for title in ("versions", "activation", "features"):
         lines += report.table(title, found[title])
+    lines += report.table("native operators (csrc/)", found["native_ops"])
     lines += report.rows("hooks (seams/ledger.py)", found["hooks"])
     lines += report.rows("symbols (seams/ledger.py)", found["symbols"])
     lines += report.rows("Hugging Face (torch_plugins/seams/huggingface.py)", found["trainer"])

@@ -30,7 +30,7 @@ def diagnose() -> dict[str, Any]:
         "activation": activation(),
         "hooks": hooks,
         "symbols": [examine(symbol) for symbol in USED],
-        "native_ops": "none shipped in this version",
+        "native_ops": report.native_operators(),
         "cpu_backend": {
             "on": cpu.installed(),
             "pieces": {piece.name: piece.reason for piece in cpu.PIECES},
@@ -78,7 +78,7 @@ def render(found: dict[str, Any]) -> str:
     lines += report.table("activation", found["activation"])
     for title in ("hooks", "symbols"):
         lines += report.rows(f"{title} (seams/ledger.py)", found[title])
-    lines += ["native ops", f"  {found['native_ops']}"]
+    lines += report.table("native operators (csrc/)", found["native_ops"])
     backend = found["cpu_backend"]
     lines += report.table(f"CPU backend: {'on' if backend['on'] else 'off'}", backend["pieces"])
     lines += ["healthy" if found["healthy"] else "NOT healthy: see the missing hooks above"]

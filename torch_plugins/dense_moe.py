@@ -48,6 +48,8 @@ ROWS_OF_A_CALL, ROWS_OF_A_CALL_16_BIT = 0.5, 28.0
 measured on a CPU with ``examples/dense_moe/bench_sparse.py``."""
 ROWS = 512
 """Gathered at a time: few fit the cache, and many save calls."""
+NATIVE_ROWS = 8
+"""Up to which the native operator is faster on a CPU: ``make bench-csrc``."""
 
 
 def scores(logits_TN: Tensor) -> Tensor:
@@ -139,18 +141,46 @@ def sparse_mlp(
     those that are left.
 
     Few tokens cost what the experts' weights take to read, each once for all of them: no faster
-    than dense by more than the share of experts that some token keeps. Many tokens are grouped by
-    expert, each group one matrix product. An expert that no token keeps costs nothing, and a token
-    that keeps no expert gets zeros.
+    than dense by more than the share of experts that some token keeps; on a CPU without gradients
+    they are one native operator, where that is built (:mod:`torch_plugins.ops.sparse_moe`). Many
+    tokens are grouped by expert, each group one matrix product. An expert that no token keeps costs
+    nothing, and a token that keeps no expert gets zeros.
 
     Args:
         kept_TN: bool; see :func:`keep`.
     """
+    if x_TD.shape[0] <= NATIVE_ROWS:
+        out = _sparse_by_operator(x_TD, scores_TN, kept_TN, _matrices(up), down_DNF, activation)
+        if out is not None:
+            return out
     counts = kept_TN.sum(0).tolist()
     spare = x_TD.shape[0] - sum(counts) / max(1, sum(count > 0 for count in counts))
     limit = ROWS_OF_A_CALL_16_BIT if x_TD.element_size() == 2 else ROWS_OF_A_CALL
     form = _sparse_by_run if spare <= limit else _sparse_by_group
     return form(x_TD, scores_TN, kept_TN, counts, _matrices(up), down_DNF, activation)
+
+
+def _sparse_by_operator(
+    x: Tensor,
+    scores_TN: Tensor,
+    kept_TN: Tensor,
+    up: Sequence[Tensor],
+    down: Tensor,
+    activation: Activation,
+) -> Tensor | None:
+    """By the native operator; None where there is none for this."""
+    try:  # by its full name: this file may lie in a model's folder, by itself
+        from torch_plugins.ops.sparse_moe import activation_name, runs_in_native_code, sparse_moe
+    except ImportError:
+        return None
+    name = activation_name(activation)
+    if name is None or not runs_in_native_code(x, scores_TN, *up, down):
+        return None
+    experts = scores_TN.shape[-1]
+    matrices = [matrix.unflatten(0, (experts, -1)) for matrix in up]
+    gate = matrices[0] if len(matrices) == 2 else None
+    down_NDF = down.unflatten(-1, (experts, -1)).transpose(0, 1)
+    return sparse_moe(x, scores_TN, kept_TN, gate, matrices[-1], down_NDF, name)
 
 
 def _sparse_by_run(

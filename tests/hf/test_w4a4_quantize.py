@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from tests.hf.w4a4_models import ASYMMETRIC, SYMMETRIC, granite, ids, llama, plugin, save
 from torch_plugins.config import ConfigError
 from torch_plugins.export.proof import random_ids
+from torch_plugins.native import active
+from torch_plugins.ops.prepacked import prepacked_bytes
 from torch_plugins.w4a4 import W4A4Linear, load_quantized
 from torch_plugins.w4a4.folder import Folder
 from torch_plugins.w4a4.linear import FakeQuantLinear, swap
@@ -164,7 +166,13 @@ def test_packed_weights_compute_the_same_in_half_a_byte_each(quantized, name):
     for linear, (x, out) in seen.items():
         assert (packed[linear](x) - out).abs().max() <= 1e-5 * out.abs().max(), linear
     for linear in packed.values():
-        assert linear.weight_packed.nbytes == linear.in_features * linear.out_features / 2
+        half_bytes = linear.in_features * linear.out_features / 2
+        if linear.prepacked is None:
+            assert linear.weight_packed.nbytes == half_bytes
+        else:  # scales and sums too, and blocks of 16 rows and steps of 8 features filled up
+            assert active("cpu")
+            sizes = (linear.out_features, linear.in_features, linear.groups)
+            assert half_bytes <= linear.prepacked.nbytes == prepacked_bytes(*sizes)
         assert not list(linear.parameters())
     narrow = load_quantized(output, dtype=torch.bfloat16).generate(tokens[:1, :4], max_new_tokens=2)
     assert narrow.shape == (1, 6)

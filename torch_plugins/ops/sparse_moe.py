@@ -20,8 +20,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..native import active
 from .inference import define, refuse_gradient
 from .int4 import w4a4_linear_reference
 from .prepacked import prepack_w4, unprepack_w4
@@ -32,6 +33,29 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+
+MODULES = {"SiLUActivation": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh"}
+"""Classes of transformers that compute the same."""
+
+
+def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """Which of ``ACTIVATIONS`` it is, a function of torch or a module; None: none that is known."""
+    if isinstance(activation, nn.GELU):
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    modules = {F.silu: "silu", nn.SiLU: "silu", F.gelu: "gelu", F.relu: "relu", nn.ReLU: "relu"}
+    for kind in (activation, type(activation)):
+        if kind in modules:
+            return modules[kind]
+    return MODULES.get(type(activation).__name__)
+
+
+def runs_in_native_code(x: Tensor, *weights: Tensor) -> bool:
+    """Whether :func:`sparse_moe` of these is native code that may replace torch's operators."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)):
+        return False
+    alike = all(weight.dtype == x.dtype for weight in weights)
+    wanted = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return wanted and alike and active("cpu") and not torch.is_autocast_enabled("cpu")
 
 
 def sparse_moe_reference(

@@ -32,6 +32,15 @@ def package_versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def native_operators() -> dict[str, str]:
+    """The libraries of ``csrc/``, each with its state."""
+    try:
+        from torch_plugins import native
+    except ImportError as error:
+        return {"cpu": f"none: {error}"}
+    return native.load()
+
+
 def activation(package: str, variables: Iterable[str]) -> dict[str, str]:
     """How this environment arms ``package``; ``variables`` are shown where they are set."""
     names = [point.name for point in importlib.metadata.entry_points(group="torch.backends")]

@@ -1,7 +1,8 @@
 """Quantized folders in four bits of memory: what ``quantize`` wrote, for inference.
 
 compressed-tensors unpacks all weights before the first forward pass. Here they stay packed, and a
-linear layer is one operator, :func:`torch_plugins.ops.int4.w4a4_linear`.
+linear layer is one operator, :func:`torch_plugins.ops.int4.w4a4_linear`; on a CPU with native
+operators (``csrc/``), its prepacked form.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..feature import ConfigError
+from ..native import active
 from ..ops.int4 import unpack_int4, w4a4_linear
+from ..ops.prepacked import prepack_w4, unprepack_w4, w4a4_linear_prepacked
 from ..weight_quant import Quantized
 from .compressed import BITS, FORMAT, INPUT_SCALE, INPUT_ZERO, PACKED, SCALE, SHAPE
 from .folder import Folder
@@ -27,15 +30,18 @@ class W4A4Linear(nn.Module):
     """``y = Q(W) Q(x) + b`` with four-bit weights in memory; has no gradient.
 
     Buffers: ``weight_packed`` uint8 ``[O, ceil(I / 2)]``, ``weight_scale`` ``[O, G]``, ``bias``
-    ``[O]`` or None, ``input_scale`` and ``input_zero_point`` fp32 ``[1]``, or None.
+    ``[O]`` or None, ``input_scale`` and ``input_zero_point`` fp32 ``[1]``, or None. After
+    :meth:`prepack`, ``prepacked`` stands for the first two, which then are None, for as long as the
+    layer stays on the CPU.
 
     Args:
         inputs: ``static`` (scale and perhaps zero point), ``token``, or ``none``: weights only.
         bits: of the inputs.
     """
 
-    weight_packed: Tensor
-    weight_scale: Tensor
+    weight_packed: Tensor | None
+    weight_scale: Tensor | None
+    prepacked: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     bias: Tensor | None
@@ -56,6 +62,8 @@ class W4A4Linear(nn.Module):
         self.inputs, self.bits = inputs, bits
         self.register_buffer("weight_packed", weight_packed)
         self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("prepacked", None, persistent=False)
+        self.groups = weight_scale.shape[1]
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("input_zero_point", input_zero_point)
         self.register_buffer("bias", bias)
@@ -63,26 +71,44 @@ class W4A4Linear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if self.inputs == "none":
             return F.linear(input, self.weight.to(input.dtype), self.bias)
-        return w4a4_linear(
-            input,
-            self.weight_packed,
-            self.weight_scale,
-            self.input_scale,
-            self.input_zero_point,
-            self.bias,
-            self.bits,
-        )
+        rest = (self.input_scale, self.input_zero_point, self.bias, self.bits)
+        if self.prepacked is not None:
+            return w4a4_linear_prepacked(input, self.prepacked, self.out_features, *rest)
+        assert self.weight_packed is not None
+        assert self.weight_scale is not None
+        return w4a4_linear(input, self.weight_packed, self.weight_scale, *rest)
+
+    def prepack(self) -> None:
+        """Bring the weight into the order in which CPUs read it. Its scales become fp32."""
+        if self.prepacked is None:
+            assert self.weight_packed is not None
+            assert self.weight_scale is not None
+            self.prepacked = prepack_w4(self.weight_packed, self.weight_scale, self.in_features)
+            self.weight_packed = self.weight_scale = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.prepacked is not None and self.prepacked.device.type != "cpu":
+            self.weight_packed, self.weight_scale = self._plain()
+            self.prepacked = None
+        return self
+
+    def _plain(self) -> tuple[Tensor, Tensor]:
+        if self.prepacked is not None:
+            return unprepack_w4(self.prepacked)[:2]
+        assert self.weight_packed is not None
+        assert self.weight_scale is not None
+        return self.weight_packed, self.weight_scale
 
     @property
     def weight(self) -> Tensor:
         """``code * scale`` ``[O, I]``, made anew."""
-        codes = unpack_int4(self.weight_packed, self.in_features)
-        return Quantized(codes, self.weight_scale).dequantize()
+        packed, scale = self._plain()
+        return Quantized(unpack_int4(packed, self.in_features), scale).dequantize()
 
     def extra_repr(self) -> str:
-        groups = self.weight_scale.shape[1]
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, groups={groups}, inputs={self.inputs}, bits={self.bits}"
+        return f"{sizes}, groups={self.groups}, inputs={self.inputs}, bits={self.bits}"
 
 
 def load_quantized(
@@ -111,6 +137,10 @@ def load_quantized(
     packed = {name for name, module in model.named_modules() if isinstance(module, W4A4Linear)}
     names = source.files.keys() & model.state_dict().keys()
     source.pour(model, sorted(n for n in names if n.rpartition(".")[0] not in packed), dtype)
+    if torch.device(device).type == "cpu" and active("cpu"):
+        for module in model.modules():
+            if isinstance(module, W4A4Linear) and module.inputs != "none":
+                module.prepack()
     model.to(device)
     model.save_pretrained = _refuse
     return model
