@@ -133,7 +133,7 @@ BENCH        = .matrix/bench-csrc
 BENCH_WHEELS = torchao==0.18.0 onnxruntime==1.32.0 onnx==1.23.2 ml-dtypes==0.6.0 protobuf==7.36.2 flatbuffers==25.12.19
 BENCH_GGML   = llama-cpp-python==0.3.36
 
-bench-csrc: $(BENCH)/.ready
+bench-csrc: env $(BENCH)/.ready
 	$(BENCH)/bin/python examples/native_ops/bench.py $(ARGS)
 
 $(BENCH)/.ready: $(BENCH)/.wheels
