@@ -176,8 +176,8 @@ Tensor w4a4_sparse_moe_prepacked(Tensor x, Tensor scores, Tensor kept, Tensor ga
                                  int64_t width, bool gated, std::string activation,
                                  int64_t input_bits) {
   constexpr auto op = "w4a4_sparse_moe_prepacked";
-  for (const auto& [tensor, what] :
-       {std::pair(&gate_up, "w4a4_sparse_moe_prepacked: gate_up"), std::pair(&down, "w4a4_sparse_moe_prepacked: down")}) {
+  for (const auto& [tensor, what] : {std::pair(&gate_up, "w4a4_sparse_moe_prepacked: gate_up"),
+                                     std::pair(&down, "w4a4_sparse_moe_prepacked: down")}) {
     check_cpu(*tensor, what);
     check_dtype(*tensor, what, {ScalarType::Byte});
     check_dim(*tensor, what, 2);
@@ -209,6 +209,7 @@ Tensor prepack_experts(const char* op, const char* name, const Tensor& weight, c
   if (groups < 1 || columns % groups != 0)
     fail(of_scale, " has ", groups, " columns: their number, that of groups, must divide the ",
          columns, " input features");
+  check_sizes(what, rows, columns, groups);
   const int64_t bytes = prepacked_bytes(rows, columns, groups);
   const Tensor plain = as_contiguous(weight);
   const Tensor scales = as_contiguous(torch::stable::to(scale, ScalarType::Float));

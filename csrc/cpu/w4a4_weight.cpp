@@ -15,6 +15,8 @@ static_assert(sizeof(Header) == HEADER, "the header is part of the format");
 
 constexpr char MAGIC[4] = {'T', 'P', 'W', '4'};
 constexpr int64_t MOST = int64_t{1} << 30;  // rows or columns; products of two stay within int64
+// Of a group: sums of (code + 8) times an input's code, at most 15 * 128 each, stay within int32.
+constexpr int64_t MOST_OF_A_GROUP = int64_t{1} << 20;
 
 Weight place(int64_t rows, int64_t columns, int64_t groups, const uint8_t* bytes) {
   Weight out{rows, columns, groups, nullptr, nullptr, nullptr};
@@ -65,6 +67,7 @@ Weight read_prepacked(const char* op, const char* name, const uint8_t* bytes, in
       columns % header.groups != 0 || prepacked_bytes(rows, columns, header.groups) != count)
     fail(op, ": ", name, " is damaged: ", count, " bytes do not hold ", rows, " x ", columns, " in ",
          header.groups, " groups");
+  check_sizes(std::string(op) + ": " + name, rows, columns, header.groups);
   return place(rows, columns, header.groups, bytes);
 }
 
@@ -95,6 +98,14 @@ void write_blocks(const uint8_t* plain, const float* scales, int64_t rows, int64
     }
 }
 
+void check_sizes(const std::string& what, int64_t rows, int64_t columns, int64_t groups) {
+  if (rows >= MOST || columns >= MOST)
+    fail(what, " has ", rows, " rows and ", columns, " columns: 2 ** 30 are too many");
+  if (columns / groups > MOST_OF_A_GROUP)
+    fail(what, " has groups of ", columns / groups, " features: at most 2 ** 20 can be summed; use "
+         "more groups");
+}
+
 Sizes check_plain(const char* op, const Tensor& weight, const Tensor& scale, int64_t columns) {
   const std::string what = std::string(op) + ": weight", of_scale = what + "_scale";
   check_cpu(weight, what.c_str());
@@ -108,8 +119,7 @@ Sizes check_plain(const char* op, const Tensor& weight, const Tensor& scale, int
   if (groups < 1 || columns % groups != 0)
     fail(of_scale, " has ", groups, " columns: their number, that of groups, must divide the ",
          columns, " input features");
-  if (weight.size(0) >= MOST || columns >= MOST)
-    fail(what, " has the shape ", shape_of(weight), ": 2 ** 30 rows or columns are too many");
+  check_sizes(what, weight.size(0), columns, groups);
   return {weight.size(0), columns, groups};
 }
 

@@ -25,6 +25,7 @@ void write_blocks(const uint8_t* plain, const float* scales, int64_t rows, int64
 struct Sizes {
   int64_t rows, columns, groups;
 };
+void check_sizes(const std::string& what, int64_t rows, int64_t columns, int64_t groups);
 Sizes check_plain(const char* op, const Tensor& weight, const Tensor& scale, int64_t columns);
 
 }  // namespace torch_plugins
