@@ -7,7 +7,7 @@ RUN     = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 NATIVE  = $(VENV)/.native
 
-.PHONY: env transformer-engine test-matrix matrix-checkout demo bench-ladder bench-csrc compare-power-lr serve-check gptq-check lm-eval-check test check format clean
+.PHONY: env transformer-engine test-matrix matrix-checkout demo bench-ladder bench-csrc compare-power-lr serve-check gptq-check lm-eval-check test check check-cuda format clean
 
 env: $(STAMP) $(NATIVE)
 
@@ -37,6 +37,10 @@ check: env
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q tests/test_house.py
+
+# csrc/cuda and the Triton kernels, for every GPU of the list; needs nvcc and no GPU, runs nothing.
+check-cuda: env
+	$(RUN) tests/csrc/check_cuda.py $(ARGS)
 
 format: env
 	$(RUN) -m ruff check --fix .

@@ -77,7 +77,7 @@ class Build(build_ext):
 
     def build_cpu(self, extension: Extension) -> None:
         torch = torch_folder()
-        compiler = os.environ.get("CXX", "c++")
+        compiler, own = os.environ.get("CXX", "c++"), os.environ.get("CXXFLAGS", "").split()
         machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(
             platform.machine().lower(), platform.machine()
         )
@@ -88,32 +88,21 @@ class Build(build_ext):
             )
             flags = BY_SUFFIX.get(machine, {}).get(suffix) if suffix else []
             if flags is not None:
-                jobs.append((source, [compiler, *CPU, *flags, *include(torch)]))
+                jobs.append((source, [compiler, *CPU, *flags, *own, *include(torch)]))
         objects = self.compile(jobs)
-        self.link([compiler, "-shared", *objects, f"-L{torch}/lib", "-ltorch_cpu"], extension)
+        link = [compiler, "-shared", *own, *objects, f"-L{torch}/lib", "-ltorch_cpu"]
+        self.link(link, extension)
 
     def build_cuda(self, extension: Extension) -> None:
         torch = torch_folder()
-        nvcc = os.environ.get("NVCC", "nvcc")
         if not list((torch / "lib").glob("*torch_cuda*")):
             raise Missing("the installed torch is not a CUDA build")
         asked = os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES).replace(" ", ";")
-        numbers = [a.replace(".", "") for a in asked.split(";") if a]
-        gencode = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
-        toolkit = [f"-I{folder}" for folder in sorted(torch.parent.glob("nvidia/cu*/include"))]
-        flags = [
-            nvcc,
-            "-O3",
-            "-std=c++17",
-            "-fmad=false",  # products and sums apart, as above
-            "-Xcompiler=-fPIC,-fvisibility=hidden",
-            TARGET,
-            *gencode,
-        ]
-        jobs = [(s, [*flags, *include(torch), *toolkit]) for s in extension.sources]
+        command = cuda_command(torch, [a for a in asked.split(";") if a])
+        jobs = [(s, command) for s in extension.sources]
         objects = self.compile(jobs)
         libraries = [f"-L{torch}/lib", "-ltorch_cpu", "-ltorch_cuda"]
-        self.link([nvcc, "-shared", "-cudart=static", *objects, *libraries], extension)
+        self.link([command[0], "-shared", "-cudart=static", *objects, *libraries], extension)
 
     def compile(self, jobs: list[tuple[str, list[str]]]) -> list[str]:
         folder = Path(self.build_temp)
@@ -183,6 +172,22 @@ def has_gpu() -> bool:
     return any(Path(f"/dev/{device}").exists() for device in ("nvidiactl", "dxg"))
 
 
+def cuda_command(torch: Path, architectures: list[str]) -> list[str]:
+    """nvcc for these GPUs (``["8.0", "9.0a"]``); a torch for CPUs has all headers, too."""
+    numbers = [a.replace(".", "") for a in architectures]
+    return [
+        os.environ.get("NVCC", "nvcc"),
+        "-O3",
+        "-std=c++17",
+        "-fmad=false",  # products and sums apart, as above
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        TARGET,
+        *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers),
+        *include(torch),
+        *(f"-I{folder}" for folder in sorted(torch.parent.glob("nvidia/cu*/include"))),
+    ]
+
+
 def include(torch: Path) -> list[str]:
     return [f"-I{ROOT / 'csrc'}", "-isystem", f"{torch / 'include'}"]
 
@@ -202,14 +207,15 @@ def sources(folder: str, ending: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(f"csrc/{folder}/*.{ending}"))
 
 
-setup(
-    ext_modules=[
-        Extension("torch_plugins.lib.torch_plugins_cpu", sources("cpu", "cpp")),
-        *(
-            [Extension("torch_plugins.lib.torch_plugins_cuda", found)]
-            if (found := sources("cuda", "cu"))
-            else []
-        ),
-    ],
-    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
-)
+if __name__ == "__main__":  # pip, too, runs it as that; tests/csrc/check_cuda.py imports it
+    setup(
+        ext_modules=[
+            Extension("torch_plugins.lib.torch_plugins_cpu", sources("cpu", "cpp")),
+            *(
+                [Extension("torch_plugins.lib.torch_plugins_cuda", found)]
+                if (found := sources("cuda", "cu"))
+                else []
+            ),
+        ],
+        cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+    )

@@ -31,6 +31,7 @@ TEXT = {
 MAY_IMPORT = {
     "torch_plugins": {"torch", "torch_plugins"},
     "torch_plugins/hf": {"torch", "torch_plugins", "transformers"},
+    "torch_plugins/ops/triton": {"torch", "torch_plugins", "triton"},
     "torch_plugins/export": {
         "torch",
         "torch_plugins",

@@ -27,6 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import triton
 from .inference import define, refuse_gradient
 
 LOWEST = -8
@@ -164,3 +165,6 @@ def w4a8_linear(
 ) -> Tensor:
     """:func:`w4a4_linear` with eight bits of input: on a CPU at the same price."""
     return w4a4_linear(x, weight, weight_scale, input_scale, input_zero_point, bias, 8)
+
+
+triton.register()
