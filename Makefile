@@ -145,13 +145,14 @@ $(BENCH)/.ready: $(BENCH)/.wheels
 	@touch $@
 
 $(BENCH)/ggml/.ready:
-	mkdir -p $(@D)
+	rm -rf $(@D) && mkdir -p $(@D)
 	$(RUN) -m pip download -q --no-deps --no-binary :all: -d $(@D) $(BENCH_GGML)
 	tar -xzf $(@D)/*.tar.gz -C $(@D) --strip-components=1 --wildcards --no-wildcards-match-slash '*/vendor/llama.cpp'
-	cmake -S $(@D)/vendor/llama.cpp -B $(@D)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
+	rm $(@D)/*.tar.gz
+	{ cmake -S $(@D)/vendor/llama.cpp -B $(@D)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
 		-DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
-		-DLLAMA_BUILD_SERVER=OFF > $(@D)/log
-	cmake --build $(@D)/build --target ggml --parallel $(or $(MAX_JOBS),2) >> $(@D)/log
+		-DLLAMA_BUILD_SERVER=OFF && cmake --build $(@D)/build --target ggml --parallel $(or $(MAX_JOBS),2); } \
+		> $(@D)/log 2>&1 || { tail $(@D)/log; exit 1; }
 	@touch $@
 
 .matrix/llmcompressor/.ready: PIP = --no-deps $(GPTQ_WHEELS)

@@ -77,7 +77,7 @@ def fake_quant_arms(
     if compiled:
         functions[COMPILED] = torch.compile(fake_quant_and_kurtosis, dynamic=False)
     streams = 5 if backward else 2  # read x, write xhat; read x and the gradient, write dx
-    seconds = limits.floor(4.0 * streams * x.numel())
+    seconds = limits.floor(4.0 * streams * x.numel(), copied=True)
     return checked({name: arm(f) for name, f in functions.items()}, EAGER, seconds, 1e-3, tell)
 
 
@@ -114,7 +114,7 @@ def norm_arms(rows: int, compiled: bool, limits: Limits, tell: Tell) -> dict[str
     with may_fail(OURS, tell, True):
         (fused,) = native("residual_add_rms_norm.residual_add_rms_norm")
         arms = {OURS: lambda: fused(residual, update, weight, NORM_EPS), **arms}
-    seconds = limits.floor(4.0 * 2 * residual.numel())
+    seconds = limits.floor(4.0 * 2 * residual.numel(), copied=True)
     with torch.inference_mode():
         return checked(arms, ADD_NORM, seconds, 0.02, tell)
 

@@ -2,6 +2,7 @@
  *
  *     cc -O3 -march=native -pthread limits.c -o limits
  *     limits read BYTES THREADS      a set of BYTES, shared by the threads, read again and again
+ *     limits copy BYTES THREADS      one half of it written into the other; both count
  *     limits int8 0 THREADS          products and sums of bytes in registers, two operations each
  *     limits bf16 0 THREADS          the same of bfloat16, or of fp32 where there is nothing better
  *
@@ -42,6 +43,13 @@ static double read_set(const char *set, size_t bytes) {
   a += b + c + d;
   kept = (double)a[0] + (double)a[7];
   return (double)lines * sizeof(Line);
+}
+
+static double copy_set(const char *set, size_t bytes) {
+  size_t half = bytes / 2;
+  memcpy((char *)set + half, set, half); /* which knows when to write past the caches */
+  __asm__ volatile("" ::"r"(set) : "memory");
+  return 2.0 * (double)half;
 }
 
 /* SUMS independent chains, so that the units are busy whatever the latency of one step. The chains
@@ -164,6 +172,7 @@ int main(int count, char **given) {
   int threads = count > 3 ? atoi(given[3]) : 1;
   if (count < 2 || threads < 1 || threads > 64) return 2;
   if (!strcmp(given[1], "read")) work = read_set, name = "read";
+  if (!strcmp(given[1], "copy")) work = copy_set, name = "copy";
 #ifdef INT8
   if (!strcmp(given[1], "int8")) work = int8, name = INT8;
 #endif

@@ -4,7 +4,8 @@ A computation that reads B bytes and does P operations takes no less than
 
     floor = max(B / bandwidth, P / peak)
 
-with the bandwidth of the last cache where the bytes fit in it and are there, else of the memory.
+with the bandwidth of the last cache where the bytes fit in it and are there, else of the memory;
+that of copying, read and written bytes together, where about as much is written as is read.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Limits:
     l3_bytes: int = 0
     dram: float | None = None
     l3: float | None = None
+    dram_copy: float | None = None
+    l3_copy: float | None = None
     int8: float | None = None
     bf16: float | None = None
     names: dict[str, str] = field(default_factory=dict)
@@ -40,20 +43,27 @@ class Limits:
         return size <= ROOM * self.l3_bytes
 
     def floor(
-        self, read: float, operations: float = 0, kind: str = "bf16", cold: bool = False
+        self,
+        size: float,
+        operations: float = 0,
+        kind: str = "bf16",
+        cold: bool = False,
+        copied: bool = False,
     ) -> float | None:
         """Seconds; None where a rate that it takes was not measured.
 
         Args:
-            read: bytes, read or written.
+            size: bytes, read or written.
             kind: of the operations: ``int8`` or ``bf16``.
             cold: whether the bytes come from memory though they fit in the cache.
+            copied: whether about half of them are written.
         """
-        near = not cold and self.near(read)
-        bandwidth, peak = self.l3 if near else self.dram, getattr(self, kind)
+        place = "dram" if cold or not self.near(size) else "l3"
+        bandwidth: float | None = getattr(self, place + "_copy" if copied else place)
+        peak: float | None = getattr(self, kind)
         if not bandwidth or (operations and not peak):
             return None
-        return max(read / bandwidth, operations / peak if operations else 0)
+        return max(size / bandwidth, operations / peak if peak else 0)
 
 
 def measure(threads: int, l3_bytes: int) -> Limits:
@@ -63,12 +73,18 @@ def measure(threads: int, l3_bytes: int) -> Limits:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "limits")
         problem = _compile(program)
-        sets = {"dram": max(4 * l3_bytes, 256 * MEBI), "l3": l3_bytes // 2, "int8": 0, "bf16": 0}
-        for name, size in sets.items():
-            if problem or (name == "l3" and not l3_bytes):
+        far, near = max(4 * l3_bytes, 256 * MEBI), l3_bytes // 2
+        for name, what, size in (
+            ("dram", "read", far),
+            ("dram_copy", "copy", far),
+            ("l3", "read", near),
+            ("l3_copy", "copy", near),
+            ("int8", "int8", 0),
+            ("bf16", "bf16", 0),
+        ):
+            if problem or (name.startswith("l3") and not l3_bytes):
                 names[name] = problem or "the size of the last cache is not known"
                 continue
-            what = "read" if name in ("dram", "l3") else name
             command = [str(program), what, str(size), str(threads)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:

@@ -9,6 +9,7 @@ from goals import BASES, OURS, compare
 from progress import count_words
 
 DASHES = ("-", "--", "-.", ":")
+MARKERS = "os^D"
 
 
 def draw(result: dict[str, Any], path: Path) -> list[str]:
@@ -54,14 +55,22 @@ def draw(result: dict[str, Any], path: Path) -> list[str]:
             axes.set_xlabel("tokens")
         line[0].set_ylabel(f"times faster than {base}")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=8,
+        handlelength=5,
+    )
     figure.savefig(path)
     plt.close(figure)
     return [str(path)]
 
 
 def lines(axes: Any, rows: list[Any], names: list[str], base: str) -> None:
-    """Ours thick and in one colour, peers thin."""
+    """Ours thick and black, peers thin."""
     peers = [name for name in names if name not in OURS]
     for name in names:
         points = [row for row in rows if name in row["arms"]]
@@ -70,10 +79,10 @@ def lines(axes: Any, rows: list[Any], names: list[str], base: str) -> None:
         axes.plot(
             [row["tokens"] for row in points],
             [compare(row, name, base)[0] for row in points],
-            marker="o",
-            markersize=5 if ours else 3,
+            marker=MARKERS[index % len(MARKERS)] if ours else ".",
+            markersize=5,
             linewidth=2 if ours else 1,
             linestyle=DASHES[index % len(DASHES)] if ours else "-",
-            color="#C44E52" if ours else f"C{peers.index(name) % 10}",
+            color="black" if ours else f"C{peers.index(name) % 10}",
             label=name,
         )

@@ -50,8 +50,12 @@ class Progress:
 
 
 def limit_words(limits: Limits) -> str:
-    rates = {"memory": limits.dram, "L3": limits.l3}
-    words = [f"{name} {rate / 1e9:.1f} GB/s" for name, rate in rates.items() if rate]
+    rates = {"memory": (limits.dram, limits.dram_copy), "L3": (limits.l3, limits.l3_copy)}
+    words = [
+        f"{name} {read / 1e9:.1f} GB/s read, {copied / 1e9:.1f} copied"
+        for name, (read, copied) in rates.items()
+        if read and copied
+    ]
     for kind in ("int8", "bf16"):
         rate, name = getattr(limits, kind), limits.names.get(kind, "")
         if rate:
