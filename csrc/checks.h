@@ -72,6 +72,12 @@ inline void check_size(const Tensor& tensor, const char* what, int64_t dim, int6
     fail(what, " has the shape ", shape_of(tensor), ": its dimension ", dim, " must be ", size);
 }
 
+inline void check_same_shape(const Tensor& tensor, const char* what, const Tensor& like) {
+  bool same = tensor.dim() == like.dim();
+  for (int64_t i = 0; same && i < like.dim(); ++i) same = tensor.size(i) == like.size(i);
+  if (!same) fail(what, " has the shape ", shape_of(tensor), ": must be ", shape_of(like));
+}
+
 // The tensor itself where it is contiguous already.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);

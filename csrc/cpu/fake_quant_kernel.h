@@ -9,16 +9,9 @@
 namespace torch_plugins {
 namespace {
 
-constexpr int64_t BLOCK = 4096;  // elements whose sum stays in the lanes
-
-template <class F>
-INLINE void each_block(int64_t count, const F& f) {
-  for (int64_t i = 0; i < count; i += BLOCK) f(i, count - i < BLOCK ? count - i : BLOCK);
-}
-
 template <class S>
 S steps_per_unit(const Clips& clips) {
-  return S(1) / (S(clips.high) - S(clips.low)) * S((int64_t(1) << clips.bits) - 1);
+  return quiet(S(1) / (S(clips.high) - S(clips.low)) * S((int64_t(1) << clips.bits) - 1));
 }
 
 template <class V>
@@ -27,7 +20,7 @@ struct Quantizer {
 
   template <class S>
   explicit Quantizer(const Clips& clips, S scale)
-      : high(all<V>(clips.high)), low(all<V>(clips.low)), scale(V{} + scale) {}
+      : high(all<V>(quiet(clips.high))), low(all<V>(quiet(clips.low))), scale(V{} + scale) {}
 
   // In steps from c-; NaN stays NaN.
   INLINE_MEMBER V place(V x) const {
@@ -72,7 +65,8 @@ struct Moments {
   S mean, m_2, m_3, m_4;
 };
 
-template <class T>
+// Without THIRD, m_3 is 0.
+template <bool THIRD, class T>
 INLINE Moments<Scalar<T>> moments_of(const T* y, int64_t d) {
   using V = Lanes<T>;
   using S = Scalar<T>;
@@ -80,7 +74,7 @@ INLINE Moments<Scalar<T>> moments_of(const T* y, int64_t d) {
   each_block(d, [&](int64_t begin, int64_t count) {
     each_step<T>(count, [&](int64_t i, auto part) {
       const Pair<V> here = load(y + begin + i, part);
-      first.lanes += here.of[0] + here.of[1];
+      for (int h = 0; h < 2; ++h) first.of[h] += here.of[h];
     });
     first.flush();
   });
@@ -89,11 +83,12 @@ INLINE Moments<Scalar<T>> moments_of(const T* y, int64_t d) {
     each_step<T>(count, [&](int64_t i, auto part) {
       Pair<V> z = load(y + begin + i, part);
       for (V& half : z.of) half -= mean;
-      for (V half : keep<T>(z, part).of) {
-        const V square = half * half;
-        second.lanes += square;
-        third.lanes += square * half;
-        fourth.lanes += square * square;
+      z = keep<T>(z, part);
+      for (int h = 0; h < 2; ++h) {
+        const V square = z.of[h] * z.of[h];
+        second.of[h] += square;
+        if (THIRD) third.of[h] = fma(square, z.of[h], third.of[h]);
+        fourth.of[h] = fma(square, square, fourth.of[h]);
       }
     });
     for (Sum<V>* sum : {&second, &third, &fourth}) sum->flush();
@@ -103,12 +98,12 @@ INLINE Moments<Scalar<T>> moments_of(const T* y, int64_t d) {
 
 // xhat and k may be null.
 template <class T, class Quantize>
-void forward_rows(const T* x, int64_t rows, int64_t d, double eps, const Quantize& quantize, T* xhat,
-                  Scalar<T>* k, bool past_caches) {
+void forward_rows(const T* x, int64_t rows, int64_t d, double eps, const Quantize& quantize,
+                  T* xhat, Scalar<T>* k, bool past_caches) {
   using V = Lanes<T>;
   for (int64_t row = 0; row < rows; ++row, x += d) {
     if (k != nullptr) {
-      const auto m = moments_of(x, d);
+      const auto m = moments_of<false>(x, d);
       k[row] = m.m_4 / (m.m_2 * m.m_2 + (Scalar<T>)eps);
     }
     if (xhat == nullptr) continue;
@@ -147,12 +142,13 @@ struct StraightThrough {
     for (int h = 0; h < 2; ++h) {
       const V place = (x.of[h] - quantizer.low) * quantizer.scale;
       const auto high = x.of[h] >= quantizer.high, low = x.of[h] <= quantizer.low;
-      above.lanes += high ? g.of[h] : V{};
-      below.lanes += low ? g.of[h] : V{};
+      above.of[h] += high ? g.of[h] : V{};
+      below.of[h] += low ? g.of[h] : V{};
       moved.of[h] = high | low ? V{} : (place - round_positive(place)) * g.of[h];
       g.of[h] = high | low ? V{} : g.of[h];
     }
-    for (V half : keep<T>(moved, part).of) rounding.lanes += half;
+    moved = keep<T>(moved, part);
+    for (int h = 0; h < 2; ++h) rounding.of[h] += moved.of[h];
     return g;
   }
 
@@ -161,22 +157,29 @@ struct StraightThrough {
   }
 };
 
-// dK / dx of a row, times the gradient of K.
+// dK / dx of a row times the gradient of K, added to a gradient:
+// f z (z ** 2 - K m_2) - f m_3 with f = 4 g / (d (m_2 ** 2 + eps)).
 template <class T>
 struct Slope {
   using S = Scalar<T>;
-  S mean, m_3, k_m_2, factor;
+  S mean, k_m_2, factor, constant;
 
   Slope(const T* x, int64_t d, S g, double eps) {
-    const Moments<S> m = moments_of(x, d);
+    const Moments<S> m = moments_of<true>(x, d);
     const S below = m.m_2 * m.m_2 + (S)eps;
-    mean = m.mean, m_3 = m.m_3, k_m_2 = m.m_4 / below * m.m_2;
-    factor = g * (S)(4.0 / d) / below;
+    mean = m.mean;
+    k_m_2 = m.m_4 / below * m.m_2;
+    factor = quiet(g) * (S)(4.0 / d) / below;
+    constant = -factor * m.m_3;
   }
 
-  INLINE_MEMBER Lanes<T> operator()(Lanes<T> x) const {
-    const Lanes<T> z = x - mean;
-    return (z * z * z - m_3 - k_m_2 * z) * factor;
+  INLINE_MEMBER Pair<Lanes<T>> operator()(Pair<Lanes<T>> x, Pair<Lanes<T>> gradient) const {
+    using V = Lanes<T>;
+    for (int h = 0; h < 2; ++h) {
+      const V z = x.of[h] - mean;
+      gradient.of[h] += fma(fma(z, z, V{} - k_m_2) * z, V{} + factor, V{} + constant);
+    }
+    return gradient;
   }
 };
 
@@ -208,20 +211,10 @@ ClipGradients fake_quant_kurtosis_backward(const void* g_xhat, const void* g_k, 
       continue;
     }
     const Slope<T> slope(x, d, ((const S*)g_k)[row], eps);
-    const auto of_k = [&](Pair<V> here) {
-      for (V& half : here.of) half = slope(half);
-      return here;
-    };
-    if (g == nullptr) {
-      write([&](int64_t, Pair<V> here, auto) { return of_k(here); });
-      continue;
-    }
-    write([&](int64_t i, Pair<V> here, auto part) {
-      Pair<V> sum = through(i, here, part);
-      const Pair<V> more = of_k(here);
-      for (int h = 0; h < 2; ++h) sum.of[h] += more.of[h];
-      return sum;
-    });
+    if (g == nullptr)
+      write([&](int64_t, Pair<V> here, auto) { return slope(here, {}); });
+    else
+      write([&](int64_t i, Pair<V> x_i, auto part) { return slope(x_i, through(i, x_i, part)); });
   }
   if (past_caches) fence();
   clipped.flush();

@@ -24,12 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .call import call
 
-@torch.library.custom_op("torch_plugins::fake_quant", mutates_args=())
-def _fake_quant(x: Tensor, clip_high: Tensor, clip_low: Tensor, bits: int) -> Tensor:
+
+def fake_quant_reference(x: Tensor, clip_high: Tensor, clip_low: Tensor, bits: int) -> Tensor:
+    """:func:`fake_quant` by torch's own operators; no gradient."""
     wide, high, low, scale = _steps(x, clip_high, clip_low, bits)
     levels = ((wide.clamp(low, high) - low) * scale).round()
     return (levels / scale + low).to(x.dtype)
+
+
+_fake_quant = torch.library.custom_op(
+    "torch_plugins::fake_quant", fake_quant_reference, mutates_args=()
+)
 
 
 @_fake_quant.register_fake
@@ -37,10 +44,10 @@ def _(x: Tensor, clip_high: Tensor, clip_low: Tensor, bits: int) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("torch_plugins::fake_quant_backward", mutates_args=())
-def _fake_quant_backward(
+def fake_quant_backward_reference(
     gradient: Tensor, x: Tensor, clip_high: Tensor, clip_low: Tensor, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, c+ and c-, from that of xhat."""
     wide, high, low, scale = _steps(x, clip_high, clip_low, bits)
     above, below = wide >= high, wide <= low
     inside = ~(above | below)
@@ -56,7 +63,12 @@ def _fake_quant_backward(
     )
 
 
-@_fake_quant_backward.register_fake
+fake_quant_backward = torch.library.custom_op(
+    "torch_plugins::fake_quant_backward", fake_quant_backward_reference, mutates_args=()
+)
+
+
+@fake_quant_backward.register_fake
 def _(
     gradient: Tensor, x: Tensor, clip_high: Tensor, clip_low: Tensor, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +90,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) 
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *_fake_quant_backward(gradient, *ctx.saved_tensors, ctx.bits), None
+    return *fake_quant_backward(gradient, *ctx.saved_tensors, ctx.bits), None
 
 
 _fake_quant.register_autograd(_differentiate, setup_context=_save)
@@ -91,5 +103,5 @@ def fake_quant(x: Tensor, clip_high: Tensor, clip_low: Tensor, bits: int = 4) ->
         clip_high, clip_low: ``c+`` and ``c-``, of one element; ``c- < c+``, which is not checked
             here: it would wait for the GPU.
     """
-    out: Tensor = _fake_quant(x, clip_high, clip_low, bits)
+    out: Tensor = call(torch.ops.torch_plugins.fake_quant.default, x, clip_high, clip_low, bits)
     return out

@@ -23,14 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .call import call
+
 EPS = 1e-20
 
 
-@torch.library.custom_op("torch_plugins::kurtosis", mutates_args=())
-def _kurtosis(y: Tensor, eps: float) -> Tensor:
+def kurtosis_reference(y: Tensor, eps: float) -> Tensor:
+    """:func:`kurtosis` by torch's own operators; no gradient."""
     squares = _centred(y) ** 2
     m_2, m_4 = squares.mean(-1), (squares**2).mean(-1)
-    return m_4 / (m_2**2 + eps)
+    return (m_4 / (m_2**2 + eps)).contiguous()
+
+
+_kurtosis = torch.library.custom_op("torch_plugins::kurtosis", kurtosis_reference, mutates_args=())
 
 
 @_kurtosis.register_fake
@@ -38,18 +43,23 @@ def _(y: Tensor, eps: float) -> Tensor:
     return y.new_empty(y.shape[:-1], dtype=_wide(y))
 
 
-@torch.library.custom_op("torch_plugins::kurtosis_backward", mutates_args=())
-def _kurtosis_backward(gradient: Tensor, y: Tensor, eps: float) -> Tensor:
+def kurtosis_backward_reference(gradient: Tensor, y: Tensor, eps: float) -> Tensor:
+    """The gradient of y, from that of K."""
     z = _centred(y)
     squares = z**2
     cubes = squares * z
     m_2, m_3, m_4 = (power.mean(-1, keepdim=True) for power in (squares, cubes, squares**2))
     below = m_2**2 + eps
-    slope = (cubes - m_3 - m_4 / below * m_2 * z) * (4 / y.shape[-1]) / below
+    slope = (cubes - m_3 - m_4 / below * m_2 * z) * (4 / max(y.shape[-1], 1)) / below
     return (gradient.unsqueeze(-1) * slope).to(y.dtype)
 
 
-@_kurtosis_backward.register_fake
+kurtosis_backward = torch.library.custom_op(
+    "torch_plugins::kurtosis_backward", kurtosis_backward_reference, mutates_args=()
+)
+
+
+@kurtosis_backward.register_fake
 def _(gradient: Tensor, y: Tensor, eps: float) -> Tensor:
     return torch.empty_like(y)
 
@@ -69,7 +79,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    return _kurtosis_backward(gradient, *ctx.saved_tensors, ctx.eps), None
+    return kurtosis_backward(gradient, *ctx.saved_tensors, ctx.eps), None
 
 
 _kurtosis.register_autograd(_differentiate, setup_context=_save)
@@ -77,7 +87,7 @@ _kurtosis.register_autograd(_differentiate, setup_context=_save)
 
 def kurtosis(y: Tensor, eps: float = EPS) -> Tensor:
     """K of every token, ``[..., d] -> [...]``, in fp32 or wider."""
-    out: Tensor = _kurtosis(y, eps)
+    out: Tensor = call(torch.ops.torch_plugins.kurtosis.default, y, eps)
     return out
 
 
