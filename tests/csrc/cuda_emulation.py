@@ -41,11 +41,12 @@ class Out:
         self.tensor = torch.empty(shape, dtype=dtype)
 
 
-def build(name, folder, changes=()):
+def build(name, folder, changes=(), flags=()):
     """The program of ``cuda_emulator/<name>.cpp``.
 
     Args:
-        changes: ``(file, old, new)`` of ``csrc/cuda``: what a broken kernel would say.
+        changes: ``(file, old, new)`` of ``csrc/cuda``: a broken kernel, or a smaller constant.
+        flags: of the compiler, behind the others.
     """
     include = [ROOT / "csrc"]
     if changes:
@@ -59,7 +60,7 @@ def build(name, folder, changes=()):
                     text = text.replace(old, new)
             (folder / "changed/cuda" / source.name).write_text(text)
     program = folder / name
-    command = [os.environ.get("CXX", "g++"), *FLAGS, *(f"-I{path}" for path in include)]
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *(f"-I{path}" for path in include)]
     command += [f"-I{ROOT / 'tests/csrc'}", f"-isystem{Path(torch.__file__).parent / 'include'}"]
     command += [str(ROOT / f"tests/csrc/cuda_emulator/{name}.cpp"), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)

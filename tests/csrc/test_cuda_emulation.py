@@ -6,7 +6,7 @@ Verified by emulation, not on a GPU: see ``cuda_emulator/emulator.h`` for what t
 import pytest
 import torch
 
-from tests.csrc.cuda_emulation import KINDS, Emulator, Out, build
+from tests.csrc.cuda_emulation import KINDS, Crash, Emulator, Out, build
 from torch_plugins.ops.int4 import pack_int4
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -90,7 +90,8 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("int4", [True, False])
 def test_w4a4_linear_is_exact(linear, shape, int4):
-    for seed in range(4):
+    seeds = range(4) if shape[0] * shape[1] < 5000 else (2, 3)
+    for seed in seeds:
         torch.manual_seed(seed)
         dtype = DTYPES[seed % 3]
         bits = (4, 3, 4, 2)[seed] if int4 else (4, 8, 5, 2)[seed]
@@ -98,3 +99,60 @@ def test_w4a4_linear_is_exact(linear, shape, int4):
         reference = torch.ops.torch_plugins.w4a4_linear(*case, bits)
         found = emulated(linear, case, bits, int4, seed, offset=(0, 1, 0, 16)[seed])
         assert torch.equal(found, reference), (seed, dtype)
+
+
+BROKEN = {
+    "no barrier behind the loads": (
+        "linear.cuh",
+        "block.load(k, end);\n      __syncthreads();",
+        "block.load(k, end);",
+    ),
+    "no barrier before the loads": (
+        "linear.cuh",
+        "__syncthreads();  // the tiles before have been read",
+        "",
+    ),
+    "no barrier behind a maximum": (
+        "numbers.cuh",
+        "join(value, memory[warp]);\n  __syncthreads();",
+        "join(value, memory[warp]);",
+    ),
+    "one row too many": ("linear.cuh", "if (m < count &&", "if (m <= count &&"),
+    "a tile longer than its memory": (
+        "linear.cuh",
+        "(ROWS + COLUMNS) * (TILE_BYTES / 16); i +=",
+        "(ROWS + COLUMNS + 1) * (TILE_BYTES / 16); i +=",
+    ),
+    "no mask behind a group": ("tiles.cuh", "k + i < end; ++i) {", "k + i < end + 8; ++i) {"),
+    "another layout of fragments": (
+        "linear.cuh",
+        "r + i % 2 * 8, step + c + i / 2 * 16",
+        "r + i / 2 * 8, step + c + i % 2 * 16",
+    ),
+}
+BEYOND_MEMORY = {"one row too many", "a tile longer than its memory"}
+
+
+def what_is_seen(emulator, seed):
+    """What is wrong with the program, or None."""
+    torch.manual_seed(seed)
+    case = w4a4_case(18, 75 * 4, 66, 4, torch.float32)
+    try:
+        y = emulated(emulator, case, 4, True, seed)
+    except Crash as crash:
+        return "beyond memory" if "heap-buffer-overflow" in str(crash) else str(crash)
+    right = torch.equal(y, torch.ops.torch_plugins.w4a4_linear(*case, 4))
+    return None if right else "another result"
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_the_emulator_sees_what_is_broken(tmp_path, what):
+    """A missing barrier within eight seeds, anything else with the first."""
+    program = build("linear", tmp_path, [BROKEN[what]], ["-O0", "-fno-sanitize=undefined"])
+    emulator = Emulator(program)
+    seeds = range(8 if "barrier" in what else 1)
+    seen = next(filter(None, (what_is_seen(emulator, seed) for seed in seeds)), None)
+    emulator.close()
+    assert seen in ("beyond memory", "another result")
+    if what in BEYOND_MEMORY:
+        assert seen == "beyond memory"

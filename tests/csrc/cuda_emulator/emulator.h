@@ -52,7 +52,7 @@ using cudaStream_t = void*;
 namespace emulator {
 
 constexpr int WARP = 32, WORDS = 12;
-constexpr size_t STACK = 256 << 10;
+constexpr size_t STACK = 64 << 10;
 
 [[noreturn]] inline void stop(const char* why) {
   std::fprintf(stderr, "emulator: %s\n", why);
