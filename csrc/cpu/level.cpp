@@ -36,6 +36,9 @@ Level detect() {
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("avx512vnni");
   if (!avx512) return Level::avx2;
+#if defined(AMX_EMULATED)
+  return Level::amx;
+#endif
   unsigned a = 0, b = 0, c = 0, d = 0;
   __get_cpuid_count(7, 0, &a, &b, &c, &d);
   const bool tiles = (d >> 24 & 1) && (d >> 25 & 1);  // AMX-TILE, AMX-INT8

@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "checks.h"
 #include "cpu/sparse_moe.h"
@@ -188,9 +189,9 @@ Tensor w4a4_sparse_moe_prepacked(Tensor x, Tensor scores, Tensor kept, Tensor ga
   const Mixture mixture{x.size(0), gate_up.size(0), x.size(1), width, gated,
                         activation_of(op, activation)};
   const Tensor first = as_contiguous(gate_up), second = as_contiguous(down);
-  return packed(op, x, tokens, mixture,
-                read_experts(op, "gate_up", first, mixture.inner(), mixture.hidden),
-                read_experts(op, "down", second, mixture.hidden, width), input_bits);
+  auto into = read_experts(op, "gate_up", first, mixture.inner(), mixture.hidden);
+  auto out_of = read_experts(op, "down", second, mixture.hidden, width);
+  return packed(op, x, tokens, mixture, std::move(into), std::move(out_of), input_bits);
 }
 
 // Experts in plain storage, [N, O, ceil(I / 2)] with scales [N, O, G], prepacked.

@@ -8,6 +8,9 @@ import torch
 
 from torch_plugins import native
 
+EXAMPLES = 20 if "TEST_LIBRARY" in os.environ else 120
+"""Of hypothesis; sanitizers are slow."""
+
 
 @pytest.fixture(scope="session")
 def library():

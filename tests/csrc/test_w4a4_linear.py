@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.csrc.conftest import EXAMPLES
 from torch_plugins.ops.int4 import pack_int4, w4a4_linear, w4a4_linear_reference, w4a8_linear
 from torch_plugins.ops.prepacked import (
     VERSION,
@@ -49,7 +50,7 @@ def both(x, weight, scale, *rest, bits=4):
     return plain
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     rows=st.integers(0, 40),
     out=st.integers(1, 70),
@@ -158,7 +159,7 @@ def test_neither_threads_nor_neighbours_change_a_result(threads):
         assert all(torch.equal(call.result(), alone) for call in calls)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.integers(1, 50), st.integers(1, 70), st.integers(1, 4), st.integers(0, 2**31))
 def test_prepacked_weights_come_back(rows, size, groups, seed):
     weight, scale = draw(rows, size * groups, groups, seed)
