@@ -1,5 +1,5 @@
-// Products with the experts' weights in floats, y = x W^T, accumulated in fp32 (fp64 for fp64).
-// Tiles of 16 features in shared memory; plain multiplications, no tensor cores.
+// Products with the experts' weights in floats, y = x W^T, accumulated in their own precision: for
+// fp32, whose digits tensor cores do not have, and fp64. Tiles of 16 features in shared memory.
 #pragma once
 
 #include "numbers.cuh"

@@ -43,10 +43,6 @@ __device__ void mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
   else mma_s8(d, a, b);
 }
 
-__device__ inline uint32_t word(const uint8_t* tile, int row, int byte) {
-  return *reinterpret_cast<const uint32_t*>(tile + row * TILE_STRIDE + byte);
-}
-
 template <int ROWS, int BITS>
 struct LinearBlock {
   static constexpr int FEATURES = TILE_BYTES * 8 / BITS;  // of a tile

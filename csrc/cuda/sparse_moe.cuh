@@ -2,8 +2,8 @@
 // others: an expert may have all of them, and what the experts compute must find room for that.
 #pragma once
 
-#include "dense_linear.cuh"
 #include "experts.cuh"
+#include "half_linear.cuh"
 #include "linear.cuh"
 #include "quantize_rows.cuh"
 
@@ -99,14 +99,14 @@ void sparse_moe(const Mixture& p, const DenseExperts<T>& of, Allocate allocate,
                                                     ExpertRows rows) {
     const T* of_part = x + first * p.hidden;
     const auto enter = [&](const T* weight, const int64_t (&strides)[2], W* y) {
-      dense_linear<T>({of_part, rows.row_of, rows.counts, tokens, p.hidden, weight, strides[0],
-                       strides[1], p.width, p.experts, y, p.inner()}, stream);
+      experts_linear<T>({of_part, rows.row_of, rows.counts, tokens, p.hidden, weight, strides[0],
+                         strides[1], p.width, p.experts, y, p.inner()}, stream);
     };
     if (p.gated) enter(of.gate, of.gate_strides, inner);
     enter(of.up, of.up_strides, inner + (p.gated ? p.width : 0));
     activate(p, tokens, inner, rows, h, stream);
-    dense_linear<T>({h, nullptr, rows.counts, tokens, p.width, of.down, of.down_strides[0],
-                     of.down_strides[1], p.outputs, p.experts, parts, p.outputs}, stream);
+    experts_linear<T>({h, nullptr, rows.counts, tokens, p.width, of.down, of.down_strides[0],
+                       of.down_strides[1], p.outputs, p.experts, parts, p.outputs}, stream);
   });
 }
 

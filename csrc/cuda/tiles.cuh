@@ -9,6 +9,10 @@ namespace torch_plugins::cuda {
 
 constexpr int TILE_BYTES = 64, TILE_STRIDE = TILE_BYTES + 16;
 
+__device__ inline uint32_t word(const uint8_t* tile, int row, int byte) {
+  return *reinterpret_cast<const uint32_t*>(tile + row * TILE_STRIDE + byte);
+}
+
 // 8 stored int4 codes (each code + 8) from feature k on; from `end` on: 0.
 __device__ inline uint32_t stored_codes(const uint8_t* row, int64_t k, int64_t end) {
   uint32_t out = 0x88888888u;
@@ -66,6 +70,14 @@ __device__ inline uint4 from_int8(const uint8_t* row, int64_t k, int64_t end, bo
   if (vectors) return *reinterpret_cast<const uint4*>(row + k);
   uint32_t words[4] = {};
   for (int i = 0; i < 16 && k + i < end; ++i) words[i / 4] |= uint32_t(row[k + i]) << 8 * (i % 4);
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// The same from numbers of 16 bits.
+__device__ inline uint4 from_16_bits(const uint16_t* row, int64_t k, int64_t end, bool vectors) {
+  if (vectors) return *reinterpret_cast<const uint4*>(row + k);
+  uint32_t words[4] = {};
+  for (int i = 0; i < 8 && k + i < end; ++i) words[i / 2] |= uint32_t(row[k + i]) << 16 * (i % 2);
   return {words[0], words[1], words[2], words[3]};
 }
 

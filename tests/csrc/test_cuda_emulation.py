@@ -19,29 +19,32 @@ def linear(tmp_path_factory):
     emulator.close()
 
 
-def words(codes, bits):
-    """Neighbouring codes in int32, the first in the lowest bits."""
+def words(matrix, bits):
+    """Neighbouring elements in int32, the first in the lowest bits."""
+    if matrix.is_floating_point():
+        return matrix.contiguous().view(torch.int32)
     each = 32 // bits
-    parts = (codes.long() & (2**bits - 1)).unflatten(-1, (-1, each))
+    parts = (matrix.long() & (2**bits - 1)).unflatten(-1, (-1, each))
     value = (parts << bits * torch.arange(each)).sum(-1)
     return (value - (value >> 31 << 32)).to(torch.int32)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_emulated_product_is_that_of_matrices(linear, bits):
+@pytest.mark.parametrize("kind", ["s4", "s8", "bf16", "f16"])
+def test_the_emulated_product_is_that_of_matrices(linear, kind):
     """Fragments made from the manual's tables, word by word: no kernel is involved."""
-    most, k = 2 ** (bits - 1), 256 // bits
-    a = torch.randint(-most, most, (16, k))
-    b = torch.randint(-most, most, (k, 8))
-    rows, columns = words(a, bits), words(b.T, bits)  # [16, 8], [8, 8]
+    bits = int(kind.lstrip("sbf"))
+    k = 256 // bits
+    most = 2 ** min(bits - 1, 7)
+    a, b = torch.randint(-most, most, (16, k)), torch.randint(-most, most, (k, 8))
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}.get(kind, torch.int64)
+    rows, columns = words(a.to(dtype), bits), words(b.T.to(dtype), bits)  # [16, 8], [8, 8]
     lane = torch.arange(32)
     group, within = lane // 4, lane % 4
     left = [rows[group, within], rows[group + 8, within]]
     left += [rows[group, within + 4], rows[group + 8, within + 4]]
     right = [columns[group, within], columns[group, within + 4]]
-    (d,) = linear.run(
-        "mma", torch.stack(left, -1), torch.stack(right, -1), Out((32, 4), torch.int32), bits
-    )
+    out = Out((32, 4), torch.float32 if bits == 16 else torch.int32)
+    (d,) = linear.run(f"mma {kind}", torch.stack(left, -1), torch.stack(right, -1), out)
     product = a @ b
     for i in range(4):
         found = product[group + i // 2 * 8, within * 2 + i % 2]

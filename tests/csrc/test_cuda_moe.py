@@ -12,8 +12,8 @@ ACTIVATIONS = list(moe.ACTIVATIONS)
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    # So little memory that tokens go through in parts; 20 of them with the sizes below.
-    little = ("sparse_moe.cuh", "int64_t(256) << 20", "20 * 4 * (3 * 24 + 18) * 4")
+    # So little memory that tokens go through in parts; see the sizes below.
+    little = ("sparse_moe.cuh", "int64_t(256) << 20", "27 * 4 * (3 * 24 + 42) * 4")
     emulator = Emulator(build("moe", tmp_path_factory.mktemp("moe"), [little]))
     yield emulator
     emulator.close()
@@ -29,17 +29,18 @@ def routing(tokens, experts, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "gated", "activation", "dtype"),
+    ("tokens", "width", "gated", "activation", "dtype"),
     [
-        (3, True, "silu", torch.float32),
-        (45, True, "gelu", torch.float32),
-        (21, False, "gelu_tanh", torch.bfloat16),
-        (1, True, "relu", torch.float16),
-        (5, False, "silu", torch.float64),
+        (3, 24, True, "silu", torch.float32),
+        (45, 24, True, "gelu", torch.float32),
+        (21, 72, False, "gelu_tanh", torch.bfloat16),
+        (45, 24, True, "silu", torch.float16),
+        (1, 24, True, "relu", torch.float16),
+        (5, 24, False, "silu", torch.float64),
     ],
 )
-def test_sparse_moe(emulator, tokens, gated, activation, dtype):
-    experts, hidden, width = 4, 18, 24
+def test_sparse_moe(emulator, tokens, width, gated, activation, dtype):
+    experts, hidden = 4, 42
     scores, kept = routing(tokens, experts, dtype if tokens == 21 else torch.float32)
     x = torch.randn(tokens, hidden).to(dtype)
     gate, up = torch.randn(2, experts, width, hidden).to(dtype) / 4
@@ -64,7 +65,7 @@ def test_sparse_moe(emulator, tokens, gated, activation, dtype):
     [(3, True, "relu", torch.float32), (45, False, "relu", torch.bfloat16)],
 )
 def test_w4a4_sparse_moe_is_exact(emulator, tokens, gated, activation, dtype, int4):
-    experts, hidden, width, groups = 4, 18, 24, 3
+    experts, hidden, width, groups = 4, 42, 24, 3
     scores, kept = routing(tokens, experts)
     x = torch.randn(tokens, hidden).to(dtype)
     inner = 2 * width if gated else width

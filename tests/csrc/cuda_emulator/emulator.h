@@ -72,7 +72,7 @@ struct Warp {
   // Of this collective, and of the next one, which a fast lane may be at already.
   uint32_t words[2][WARP][WORDS];
   const char* what[2][WARP];
-  int32_t product[2][16 * 8];
+  uint32_t product[2][16 * 8];
 };
 
 struct Thread {

@@ -7,23 +7,21 @@ using namespace torch_plugins::cuda;
 
 namespace {
 
-// One product of a warp: a [16, K], b [K, 8] -> d, of lanes: what each holds.
-void mma_fragments(emulator::Case& c) {
-  const auto* a = c.buffer<uint32_t>(0);  // [32, 4]
-  const auto* b = c.buffer<uint32_t>(1);  // [32, 2]
-  auto* d = c.buffer<int32_t>(2);         // [32, 4]
-  const bool int4 = c.numbers.at(0) == 4;
-  LAUNCH(
-      ([=] {
-        const int lane = threadIdx.x;
-        uint32_t left[4], right[2];
-        std::copy_n(a + 4 * lane, 4, left);
-        std::copy_n(b + 2 * lane, 2, right);
-        int32_t sums[4] = {};
-        int4 ? mma_s4(sums, left, right) : mma_s8(sums, left, right);
-        std::copy_n(sums, 4, d + 4 * lane);
-      }),
-      1, 32, nullptr);
+// One product of a warp of what its lanes hold: a [32, 4] and b [32, 2] to d [32, 4].
+template <class Number, class Mma>
+void mma_fragments(emulator::Case& c, Mma mma) {
+  const auto *a = c.buffer<uint32_t>(0), *b = c.buffer<uint32_t>(1);
+  auto* d = c.buffer<Number>(2);
+  const auto kernel = [=] {
+    const int lane = threadIdx.x;
+    uint32_t left[4], right[2];
+    std::copy_n(a + 4 * lane, 4, left);
+    std::copy_n(b + 2 * lane, 2, right);
+    Number sums[4] = {};
+    mma(sums, left, right);
+    std::copy_n(sums, 4, d + 4 * lane);
+  };
+  emulator::launch(1, 32, kernel);
 }
 
 Floats floats(emulator::Case& c, size_t buffer, size_t kind) {
@@ -58,4 +56,11 @@ void w4a4_linear(emulator::Case& c) {
 
 }  // namespace
 
-int main() { return emulator::serve({{"mma", mma_fragments}, {"w4a4_linear", w4a4_linear}}); }
+int main() {
+  return emulator::serve(
+      {{"mma s4", [](emulator::Case& c) { mma_fragments<int32_t>(c, mma_s4); }},
+       {"mma s8", [](emulator::Case& c) { mma_fragments<int32_t>(c, mma_s8); }},
+       {"mma bf16", [](emulator::Case& c) { mma_fragments<float>(c, mma_bf16); }},
+       {"mma f16", [](emulator::Case& c) { mma_fragments<float>(c, mma_f16); }},
+       {"w4a4_linear", w4a4_linear}});
+}
