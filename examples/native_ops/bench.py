@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import cores, describe
-from settings import OUTPUT, QUICK, Settings
+from settings import OUTPUT, QUICK, Settings, numbers
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -29,6 +29,9 @@ WORKER = Path(__file__).with_name("worker.py")
 def run(settings: Settings, peers: str) -> dict[str, Any]:
     """Measure in a fresh process for each number of threads."""
     runs, machine = [], describe()
+    for shapes, count in ((settings.shapes, 2), (settings.moe_shapes, 4)):
+        for shape in shapes:
+            numbers(shape, count)
     with tempfile.TemporaryDirectory() as folder:
         given = Path(folder, "settings.json")
         given.write_text(json.dumps(asdict(settings)))

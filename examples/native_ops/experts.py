@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import torch
 from arms import Tell, may_fail, native
+from names import EAGER_EXPERTS, GROUPED, MOE_BF16, MOE_INT4
 from torch import Tensor
 from weights import to_int4
 
-BF16, INT4 = "native bf16", "native W4A4"
-GROUPED, EAGER = "HF grouped_mm", "HF eager"
 Shape = Sequence[int]
 """Hidden size, width of an expert, experts, experts kept."""
 
@@ -54,11 +53,11 @@ class Experts:
 def ours(experts: Experts, tell: Tell) -> dict[str, Forward]:
     """The native operators that are there; int4 weights with one scale for each row."""
     forwards: dict[str, Forward] = {}
-    with may_fail(BF16, tell, True):
+    with may_fail(MOE_BF16, tell, True):
         (sparse_moe,) = native("sparse_moe.sparse_moe")
         weights = experts.gate, experts.up, experts.down
-        forwards[BF16] = lambda of: sparse_moe(of.x, of.scores, of.kept, *weights)
-    with may_fail(INT4, tell, True):
+        forwards[MOE_BF16] = lambda of: sparse_moe(of.x, of.scores, of.kept, *weights)
+    with may_fail(MOE_INT4, tell, True):
         pack, prepack, moe = native(
             "int4.pack_int4", "sparse_moe.prepack_experts", "sparse_moe.w4a4_sparse_moe_prepacked"
         )
@@ -66,7 +65,7 @@ def ours(experts: Experts, tell: Tell) -> dict[str, Forward]:
         _, width, hidden = experts.gate.shape
         first = prepack(pack(gate_up), gate_up_scale, hidden)
         second = prepack(pack(down), down_scale, width)
-        forwards[INT4] = lambda of: moe(of.x, of.scores, of.kept, first, second, width)
+        forwards[MOE_INT4] = lambda of: moe(of.x, of.scores, of.kept, first, second, width)
     return forwards
 
 
@@ -99,7 +98,7 @@ def theirs(experts: Experts, shape: Shape) -> dict[str, Forward]:
 
         return forward
 
-    return {EAGER: by("eager"), GROUPED: by("grouped_mm")}
+    return {EAGER_EXPERTS: by("eager"), GROUPED: by("grouped_mm")}
 
 
 def reference(experts: Experts, of: Draw) -> Tensor:

@@ -11,27 +11,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import fused
 from arms import Row
-from experts import BF16 as MOE_BF16
-from experts import GROUPED
-from experts import INT4 as MOE_INT4
-from peers import BF16, INT4_PACK, INT8
-from peers import OURS as OF_OURS
-from peers_ggml import GGML
-from peers_installed import ORT, TORCHAO_INT4, TORCHAO_INT8
+from names import (
+    ADD_NORM,
+    BF16,
+    COMPILED,
+    FEATURES,
+    FUSED,
+    GGML,
+    GROUPED,
+    INT4_PACK,
+    INT8,
+    MOE_INT4,
+    ORT,
+    TORCHAO_INT4,
+    TORCHAO_INT8,
+)
 from timing import ratio
-
-BASES = {
-    "linear": BF16,
-    "sparse MoE": GROUPED,
-    "fake-quant + kurtosis": fused.COMPILED,
-    "add + RMSNorm": fused.ADD_NORM,
-}
-"""Peers that all arms are compared with."""
-OURS = (*OF_OURS, MOE_INT4, MOE_BF16, fused.OURS)
-MAIN = ("W4A4", MOE_INT4, fused.OURS)
-"""Ours that stand for an operator."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +55,8 @@ class Goal:
 INT8_PEERS = (*INT8, TORCHAO_INT8)
 INT4_PEERS = (TORCHAO_INT4, ORT, GGML)
 DECODE = ("warm", "cold")
-FUSED = "fake-quant + kurtosis"
-FOUR_MB, SIXTY_FOUR_MB = 2**20 // fused.FEATURES, 2**24 // fused.FEATURES
+FAKE_QUANT = "fake-quant + kurtosis"
+FOUR_MB, SIXTY_FOUR_MB = 2**20 // FEATURES, 2**24 // FEATURES
 MANY_ROWS = (32, 512)
 
 GOALS = (
@@ -80,10 +76,10 @@ GOALS = (
     Goal("linear", "W4A4 g128", (BF16,), 1.1, ("warm",), (512,), "bf16"),
     Goal("sparse MoE", MOE_INT4, (GROUPED,), 4.0, ("warm",), (1, 8, 32), GROUPED),
     Goal("sparse MoE", MOE_INT4, (GROUPED,), 2.0, ("warm",), (512,), GROUPED),
-    Goal(FUSED, fused.OURS, (fused.COMPILED,), 2.0, ("forward",), (FOUR_MB,), fused.COMPILED),
-    Goal(FUSED, fused.OURS, (fused.COMPILED,), 3.0, ("forward",), (SIXTY_FOUR_MB,), fused.COMPILED),
-    Goal(FUSED, fused.OURS, (fused.COMPILED,), 3.0, ("forward+backward",), (), fused.COMPILED),
-    Goal("add + RMSNorm", fused.OURS, (fused.ADD_NORM,), 5.0, ("warm",), MANY_ROWS, fused.ADD_NORM),
+    Goal(FAKE_QUANT, FUSED, (COMPILED,), 2.0, ("forward",), (FOUR_MB,), COMPILED),
+    Goal(FAKE_QUANT, FUSED, (COMPILED,), 3.0, ("forward",), (SIXTY_FOUR_MB,), COMPILED),
+    Goal(FAKE_QUANT, FUSED, (COMPILED,), 3.0, ("forward+backward",), (), COMPILED),
+    Goal("add + RMSNorm", FUSED, (ADD_NORM,), 5.0, ("warm",), MANY_ROWS, ADD_NORM),
 )
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from arms import Arm, Row, Tell, Unavailable, Wrong, may_fail, measure, relative_error
 from limits import Limits
-from peers import IN_TORCH, OF_OURS, OURS, Forward, Peer
+from names import LINEAR
+from peers import IN_TORCH, OF_OURS, Forward, Peer
 from peers_ggml import PEER
 from peers_installed import INSTALLED
 from timing import Call, Effort
@@ -68,7 +69,7 @@ def prepare(
     ready = {}
     for peer in peers:
         count = copies(peer, weight, limits) if cold else 1
-        with may_fail(peer.name, tell, peer.name in OURS):
+        with may_fail(peer.name, tell, peer.name in LINEAR):
             ready[peer] = [peer.prepare(weight, limits.threads) for _ in range(count)]
     return ready
 
@@ -91,11 +92,11 @@ def arms_of(
     exact = x.float() @ weight.fp32.T
     arms = {}
     for peer, forwards in ready.items():
-        with may_fail(peer.name, tell, peer.name in OURS):
+        with may_fail(peer.name, tell, peer.name in LINEAR):
             outputs = [forward(x) for forward in forwards]  # some prepare more in their first call
             found = outputs[0]
             error = relative_error(found, exact)
-            if peer.name in OURS:
+            if peer.name in LINEAR:
                 check(peer.name, found, weight, x)
             elif not error < MOST_ERROR:
                 raise Unavailable(f"its output is wrong, with an error of {error:.2f}")
@@ -122,7 +123,7 @@ def floor(peer: Peer, weight: Weight, x: Tensor, cold: bool, limits: Limits) -> 
 
 def check(name: str, found: Tensor, weight: Weight, x: Tensor) -> None:
     """Raises Wrong where ours is not its formula, of codes in fp32, up to bf16's rounding."""
-    groups, bits = OURS[name]
+    groups, bits = LINEAR[name]
     wide = x.float()
     scale = 2 * wide.abs().amax(-1, keepdim=True) / (2**bits - 1)
     codes = (wide / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from arms import Arm, Row, Tell, Unavailable, Wrong, may_fail, measure, relative_error
-from experts import BF16, EAGER, INT4, Draw, Experts, Forward, Shape, ours, reference, theirs
+from experts import Draw, Experts, Forward, Shape, ours, reference, theirs
 from limits import Limits
+from names import EAGER_EXPERTS, MOE_BF16, MOE_INT4
 from timing import Call, Effort
 
 DRAWS = 8
@@ -58,18 +59,18 @@ def arms_of(
     tell: Tell,
 ) -> dict[str, Arm]:
     """The arms, after checking what each computes for the first draw."""
-    expected = forwards[EAGER](draws[0])
+    expected = forwards[EAGER_EXPERTS](draws[0])
     arms = {}
     for name, forward in forwards.items():
-        with may_fail(name, tell, name in (BF16, INT4)):
+        with may_fail(name, tell, name in (MOE_BF16, MOE_INT4)):
             found = forward(draws[0])
             error = own = relative_error(found, expected)
-            if name == INT4:
+            if name == MOE_INT4:
                 own = relative_error(found, reference(experts, draws[0]))
             if not own < MOST_ERROR:
-                problem = Wrong if name in (BF16, INT4) else Unavailable
+                problem = Wrong if name in (MOE_BF16, MOE_INT4) else Unavailable
                 raise problem(f"{name} of {shape}: an error of {own:.3f}")
-            scheme = "W4A4" if name == INT4 else "bf16"
+            scheme = "W4A4" if name == MOE_INT4 else "bf16"
             least = floor(scheme, draws, shape, limits)
             arms[name] = Arm(in_turn(forward, draws), scheme, least, error)
     return arms

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from arms import Unavailable, native
+from names import BF16, INT4_PACK, INT8, LINEAR
 from torch import Tensor
 from torch.nn import functional as F
 from weights import GROUP, Weight, remembering
@@ -28,19 +29,6 @@ class Peer:
     """Of a weight in memory, with its scales."""
     prepare: Callable[[Weight, int], Forward]
     """Given the number of threads too; raises Unavailable."""
-
-
-BF16 = "bf16"
-INT8 = ("torch int8 onednn", "torch int8 fbgemm")
-INT4_PACK = "torch int4pack"
-OURS = {
-    "W4A4": (False, 4),
-    "W4A8": (False, 8),
-    "W4A4 g128": (True, 4),
-    "W4A8 g128": (True, 8),
-}
-"""Name: whether in groups, bits of inputs."""
-G128_BITS = 4 + 16 / GROUP
 
 
 def ours(groups: bool, bits: int) -> Callable[[Weight, int], Forward]:
@@ -118,6 +106,6 @@ IN_TORCH = (
     Peer(INT4_PACK, "W4A16 g128", 4 + 32 / GROUP, int4_pack),
 )
 OF_OURS = tuple(
-    Peer(name, name, 4 + 32 / GROUP if groups else 4, ours(groups, bits))
-    for name, (groups, bits) in OURS.items()
+    Peer(name, name, 4 + 64 / GROUP if groups else 4, ours(groups, bits))
+    for name, (groups, bits) in LINEAR.items()
 )

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from arms import Unavailable, relative_error
 from ggml import BLOCK, BLOCK_BYTES, F32, PLAIN, Q4_0, Library
+from names import GGML
 from peers import Forward, Peer
 from torch import Tensor
 from weights import Weight, remembering
 
-GGML = "ggml Q4_0"
 BUILT = Path("ggml/build/bin")
 """Below the environment that ``make bench-csrc`` makes."""
 

@@ -8,14 +8,12 @@ from functools import cache
 
 import torch
 from arms import Unavailable
+from names import ORT, TORCHAO_INT4, TORCHAO_INT8
 from peers import Forward, Peer
 from torch import Tensor
 from torch.nn import functional as F
 from weights import GROUP, Weight, remembering
 
-TORCHAO_INT4 = "torchao W4A8"
-TORCHAO_INT8 = "torchao W8A8"
-ORT = "ORT MatMulNBits"
 SHAPES = 64
 """More than there are: beyond so many, torch would run the function uncompiled."""
 

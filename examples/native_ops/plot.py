@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from goals import BASES, OURS, compare
+from goals import compare
+from names import BASES, OURS
 from progress import count_words
 
 DASHES = ("-", "--", "-.", ":")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from arms import LEFT_OUT, WRONG, Row
-from goals import BASES, MAIN, OURS, best, compare
+from goals import best, compare
 from limits import Limits
+from names import BASES, MAIN, OURS
 from rich.console import Console
 
 

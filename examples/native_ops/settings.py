@@ -47,6 +47,11 @@ QUICK = Settings(
 )
 
 
-def numbers(shape: str) -> tuple[int, ...]:
+def numbers(shape: str, count: int) -> tuple[int, ...]:
     """``2048x2048`` as its numbers."""
-    return tuple(int(number) for number in shape.split("x"))
+    found = tuple(int(number) for number in shape.split("x") if number.isdecimal())
+    if len(found) != count or not all(found):
+        raise SystemExit(
+            f"{shape}: must be {count} numbers above 0, as in {'x'.join(['64'] * count)}"
+        )
+    return found

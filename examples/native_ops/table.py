@@ -6,8 +6,9 @@ from itertools import groupby
 from typing import Any
 
 from arms import Row
-from goals import BASES, OURS, Verdict, best, compare, verdicts
+from goals import Verdict, best, compare, verdicts
 from limits import Limits
+from names import BASES, OURS
 from progress import count_words, limit_words, main_arm, milliseconds, peers, share, title
 from rich import box
 from rich.console import Console, Group
@@ -35,7 +36,9 @@ def show(result: dict[str, Any]) -> None:
     console.print(f"{sizes}\n{packages}", markup=False)
     for run in runs:
         limits = Limits(**run["limits"])
-        console.print(f"{count_words(limits.threads)}: {limit_words(limits)}", markup=False)
+        console.print(
+            f"{count_words(limits.threads)}: {limit_words(limits)}", markup=False, soft_wrap=True
+        )
     if machine["load"] > BUSY:
         console.print(CAREFUL.format(machine["load"]), style="yellow", markup=False)
     for run in runs:

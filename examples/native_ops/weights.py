@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
+from arms import Unavailable
 from torch import Tensor
 
 GROUP = 128
@@ -33,7 +34,7 @@ class Weight:
     def groups(self) -> tuple[Tensor, Tensor]:
         """The same with scales ``[N, K / 128]``."""
         if self.k % GROUP:
-            raise ValueError(f"{self.k} input features are no groups of {GROUP}")
+            raise Unavailable(f"{self.k} input features are no groups of {GROUP}")
         return to_int4(self.fp32, GROUP)
 
     def int4(self, groups: bool) -> tuple[Tensor, Tensor]:

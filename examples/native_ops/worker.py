@@ -48,19 +48,20 @@ def rows(settings: Settings, peers: str, limits: Limits, tell: Tell) -> Iterator
     """The rows of every operator that is asked for, as they are measured."""
     rest = Effort(settings.seconds, fewest=settings.rounds), limits, tell
     if "linear" in settings.operators:
-        shapes = [numbers(shape) for shape in settings.shapes]
+        shapes = [numbers(shape, 2) for shape in settings.shapes]
         tokens = {"warm": settings.tokens, "cold": settings.cold}
         tokens = {state: each for state, each in tokens.items() if each}
         with torch.inference_mode():
             yield from linear.rows(linear.chosen(peers == "all"), shapes, tokens, *rest)
     if "moe" in settings.operators:
-        shapes = [numbers(shape) for shape in settings.moe_shapes]
+        shapes = [numbers(shape, 4) for shape in settings.moe_shapes]
         with torch.inference_mode():
             yield from moe.rows(shapes, settings.moe_tokens, *rest)
     if "fake-quant" in settings.operators:
         yield from fused.fake_quant_rows(settings.elements, peers != "eager", *rest)
     if "norm" in settings.operators:
-        yield from fused.norm_rows(settings.rows, peers != "eager", *rest)
+        with torch.inference_mode():
+            yield from fused.norm_rows(settings.rows, peers != "eager", *rest)
 
 
 def versions() -> dict[str, str]:

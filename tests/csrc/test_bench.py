@@ -50,10 +50,10 @@ def test_small_run(tmp_path):
         assert goal["reached"] == (goal["ratio"][0] >= goal["at_least"])
 
 
-def row(**medians):
+def row(medians):
     """A row of the linear layer with one token; ours at the limit would take 1 s."""
     arms = {
-        name.replace("_", " "): {
+        name: {
             "median": seconds,
             "cpu": [seconds, 2 * seconds],
             "wall": [0.0, 0.0],
@@ -68,23 +68,23 @@ def row(**medians):
 def test_goals_are_compared_with_the_fastest_peer(bench):
     from goals import verdicts
 
-    found = verdicts([row(W4A4=2.0, bf16=12.0, ggml_Q4_0=4.0, torchao_W4A8=3.0)])
+    found = verdicts([row({"W4A4": 2.0, "bf16": 12.0, "ggml Q4_0": 4.0, "torchao W4A8": 3.0})])
     assert [(v.peer, v.ratio[0], v.ceiling) for v in found] == [
         ("torchao W4A8", 1.5, 3.0),
         ("bf16", 6.0, 12.0),
     ]
     assert [v.word for v in found] == ["reached", "reached"]
-    (other,) = verdicts([row(W4A4=2.0, bf16=8.0)])
+    (other,) = verdicts([row({"W4A4": 2.0, "bf16": 8.0})])
     assert (other.word, other.ratio[0]) == ("not reached", 4.0)
-    (beyond,) = verdicts([row(W4A4=2.0, bf16=4.0)])
+    (beyond,) = verdicts([row({"W4A4": 2.0, "bf16": 4.0})])
     assert beyond.word == "not reached (beyond the limit)"
-    assert verdicts([row(bf16=4.0, ggml_Q4_0=4.0)]) == []
+    assert verdicts([row({"bf16": 4.0, "ggml Q4_0": 4.0})]) == []
 
 
 def test_ratios_are_taken_within_a_round(bench):
     from timing import ratio
 
-    assert ratio([4.0, 8.0, 60.0], [2.0, 4.0, 10.0]) == (2.0, 2.0, 4.0)
+    assert ratio([4.0, 8.0, 60.0], [2.0, 10.0, 10.0]) == (2.0, 1.4, 4.0)
 
 
 def test_arms_take_turns(bench):
@@ -101,6 +101,15 @@ def test_arms_take_turns(bench):
     assert firsts == ["a", "b", "c", "a"]
 
 
+def test_shapes_are_checked(bench):
+    from settings import numbers
+
+    assert numbers("64x32", 2) == (64, 32)
+    for shape in ("64", "64x0", "64x32x2", "64xa"):
+        with pytest.raises(SystemExit, match=rf"{shape}: must be 2 numbers"):
+            numbers(shape, 2)
+
+
 def test_limits_of_what_fits_the_cache(bench):
     from limits import Limits
 
@@ -108,6 +117,7 @@ def test_limits_of_what_fits_the_cache(bench):
     assert limits.floor(500, 100, "int8") == 5.0
     assert limits.floor(500, 300, "int8") == 6.0
     assert limits.floor(500, 100, "int8", cold=True) == 50.0
+    assert limits.floor(500, copied=True) is None
     assert limits.floor(2000) == 200.0
     assert limits.floor(500, 100, "bf16") is None
     assert Limits(1).floor(500) is None
@@ -133,7 +143,8 @@ def linear_rows(peers, told):
 
 
 def test_cold_weights_are_copies_that_take_turns(bench):
-    from peers import BF16, Peer
+    from names import BF16
+    from peers import Peer
 
     used = []
 
@@ -156,7 +167,8 @@ def test_cold_weights_are_copies_that_take_turns(bench):
 
 def test_what_is_wrong_or_missing_is_told_and_not_timed(bench):
     from arms import Unavailable
-    from peers import BF16, Peer
+    from names import BF16
+    from peers import Peer
 
     def missing(weight, threads):
         raise Unavailable("not installed")
@@ -178,3 +190,29 @@ def test_what_is_wrong_or_missing_is_told_and_not_timed(bench):
     assert kept[0] == "- absent: not installed"
     assert kept[1].startswith("! W4A4: Wrong: W4A4 of 256 x 64, 1 tokens: error 0.")
     assert kept[2] == "- half: its output is wrong, with an error of 0.50"
+
+
+def test_wrong_experts_are_not_timed(bench):
+    import moe
+    from experts import Experts, reference
+    from limits import Limits
+    from names import EAGER_EXPERTS, MOE_BF16, MOE_INT4
+
+    shape = (64, 32, 4, 2)
+    experts, draws, told = Experts.draw(shape), [moe.draw(shape, 3, 0)], []
+    right = {EAGER_EXPERTS: lambda of: of.x, MOE_INT4: lambda of: reference(experts, of)}
+    wrong = {MOE_BF16: right[MOE_INT4], "other": lambda of: 2 * of.x}
+    with torch.inference_mode():
+        arms = moe.arms_of({**right, **wrong}, draws, shape, experts, Limits(1), told.append)
+    assert set(arms) == set(right)
+    assert [words.partition(":")[0] for words in told] == ["! native bf16", "- other"]
+
+
+def test_wrong_fused_operators_are_not_timed(bench):
+    import fused
+    from names import EAGER, FUSED
+
+    told = []
+    calls = {EAGER: lambda: (torch.ones(3),), FUSED: lambda: (torch.zeros(3),)}
+    assert set(fused.checked(calls, EAGER, None, 0.01, told.append)) == {EAGER}
+    assert told[0].startswith("! native: Wrong: ")
