@@ -28,7 +28,7 @@ __device__ bool aligned(const T* at, int64_t stride) {
 
 template <class T, int ROWS>
 __global__ void __launch_bounds__(HALF_THREADS) half_linear_kernel(DenseLinear<T> p) {
-  constexpr int M = ROWS / 16, N = 2, PARTS = TILE_BYTES / 16;
+  constexpr int M = ROWS / 16, N = 2;
   SHARED(uint8_t, a, ROWS * TILE_STRIDE);
   SHARED(uint8_t, b, DENSE_COLUMNS * TILE_STRIDE);
   const int64_t across = ceil_div(p.outputs, DENSE_COLUMNS);
@@ -41,29 +41,32 @@ __global__ void __launch_bounds__(HALF_THREADS) half_linear_kernel(DenseLinear<T
   const bool vectors_a = aligned(x, p.features), vectors_b = aligned(weight, p.output_stride);
   const int warp = threadIdx.x / WARP, r = threadIdx.x % WARP / 4, c = threadIdx.x % 4 * 4;
 
+  const auto of_input = [&](int64_t k) {
+    return [&, k](int i, int part) -> uint4 {
+      const int64_t m = expert * p.rows + row + i, from = k + part * 8;
+      if (row + i >= count || from >= p.features) return {0, 0, 0, 0};
+      const uint16_t* of_row = x + (p.row_of ? p.row_of[m] : m) * p.features;
+      return from_16_bits(of_row, from, p.features, vectors_a && from + 8 <= p.features);
+    };
+  };
+  const auto of_weight = [&](int64_t k) {
+    return [&, k](int i, int part) -> uint4 {
+      const int64_t o = column + i, from = k + part * 8;
+      if (o >= p.outputs || from >= p.features) return {0, 0, 0, 0};
+      return from_16_bits(weight + o * p.output_stride, from, p.features,
+                          vectors_b && from + 8 <= p.features);
+    };
+  };
+
+  TilesUnderWay<ROWS, DENSE_COLUMNS, HALF_THREADS> next;
+  next.fetch(of_input(0), of_weight(0));
   float sums[M][N][4] = {};
   for (int64_t k = 0; k < p.features; k += HALF_FEATURES) {
     __syncthreads();  // the tiles before have been read
-    for (int i = threadIdx.x; i < (ROWS + DENSE_COLUMNS) * PARTS; i += HALF_THREADS) {
-      const int at = i / PARTS, part = i % PARTS;
-      const int64_t from = k + part * 8;
-      const bool whole = from + 8 <= p.features;
-      uint4 bytes = {0, 0, 0, 0};
-      if (at < ROWS) {
-        const int64_t m = expert * p.rows + row + at;
-        if (row + at < count && from < p.features) {
-          const uint16_t* of_row = x + (p.row_of ? p.row_of[m] : m) * p.features;
-          bytes = from_16_bits(of_row, from, p.features, vectors_a && whole);
-        }
-        *reinterpret_cast<uint4*>(a + at * TILE_STRIDE + part * 16) = bytes;
-      } else {
-        const int64_t o = column + at - ROWS;
-        if (o < p.outputs && from < p.features)
-          bytes = from_16_bits(weight + o * p.output_stride, from, p.features, vectors_b && whole);
-        *reinterpret_cast<uint4*>(b + (at - ROWS) * TILE_STRIDE + part * 16) = bytes;
-      }
-    }
+    next.put(a, b);
     __syncthreads();
+    const int64_t then = k + HALF_FEATURES;
+    if (then < p.features) next.fetch(of_input(then), of_weight(then));
     UNROLL
     for (int step = 0; step < TILE_BYTES; step += 32) {
       uint32_t right[N][2];

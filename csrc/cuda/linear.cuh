@@ -1,10 +1,10 @@
 // The linear layer of codes, for one weight or for many (the experts of a layer): formula and
 // storage are those of torch_plugins/ops/int4.py.
 //
-// A block makes ROWS x 64 outputs, a warp ROWS x 16 of them. It goes through the features in tiles
-// that end with a group of the weight's scales: whatever the size of the groups, what lies beyond
-// their end is 0 in shared memory. Sums of a group are int32, exact; groups are added in fp32, in
-// their order.
+// A block makes ROWS x 32 N outputs, a warp ROWS x 8 N of them: few where rows are few, so that
+// there are blocks for all of the GPU. It goes through the features in tiles that end with a group
+// of the weight's scales: whatever the size of the groups, what lies beyond their end is 0 in
+// shared memory. Sums of a group are int32, exact; groups are added in fp32, in their order.
 #pragma once
 
 #include "mma.cuh"
@@ -13,7 +13,7 @@
 
 namespace torch_plugins::cuda {
 
-constexpr int LINEAR_THREADS = 128, COLUMNS = 64;
+constexpr int LINEAR_THREADS = 128;
 
 struct Linear {
   // Of the input.
@@ -43,44 +43,37 @@ __device__ void mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
   else mma_s8(d, a, b);
 }
 
-template <int ROWS, int BITS>
+template <int ROWS, int N, int BITS>
 struct LinearBlock {
-  static constexpr int FEATURES = TILE_BYTES * 8 / BITS;  // of a tile
-  static constexpr int EACH = 128 / BITS;                 // of 16 bytes
-  static constexpr int M = ROWS / 16, N = 2;                                 // products of a warp
+  static constexpr int FEATURES = TILE_BYTES * 8 / BITS, EACH = 128 / BITS;  // a tile's, a part's
+  static constexpr int COLUMNS = 32 * N, M = ROWS / 16;  // a warp makes M x N products
+  using UnderWay = TilesUnderWay<ROWS, COLUMNS, LINEAR_THREADS>;
 
   const Linear& p;
-  uint8_t *a, *b;                           // tiles of the input and of the weight
-  int64_t expert, row, count, column;       // of the first output; rows of the expert
+  uint8_t *a, *b;                      // tiles of the input and of the weight
+  int64_t expert, row, count, column;  // of the first output; rows of the expert
   bool vectors_a, vectors_b;
 
   __device__ int64_t input_row(int64_t m) const {
     return p.row_of ? p.row_of[expert * p.rows + m] : expert * p.rows + m;
   }
 
-  // Tiles of the features from k on. All threads call it, and may read after a barrier.
-  __device__ void load(int64_t k, int64_t end) const {
-    for (int i = threadIdx.x; i < (ROWS + COLUMNS) * (TILE_BYTES / 16); i += LINEAR_THREADS) {
-      const int at = i / (TILE_BYTES / 16), part = i % (TILE_BYTES / 16);
-      const int64_t from = k + part * EACH;
-      uint4 bytes = {0, 0, 0, 0};
-      if (at < ROWS) {
-        const int64_t m = row + at;
-        if (m < count && from < end) {
-          const uint8_t* codes = p.codes + input_row(m) * p.code_stride;
-          bytes = BITS == 4 ? from_int4<4>(codes, from, end, vectors_a)
-                            : from_int8(codes, from, end, vectors_a);
-        }
-        *reinterpret_cast<uint4*>(a + at * TILE_STRIDE + part * 16) = bytes;
-      } else {
-        const int64_t o = column + at - ROWS;
-        if (o < p.outputs && from < end) {
-          const uint8_t* weight = p.weight + (expert * p.outputs + o) * p.weight_stride;
-          bytes = from_int4<BITS>(weight, from, end, vectors_b);
-        }
-        *reinterpret_cast<uint4*>(b + (at - ROWS) * TILE_STRIDE + part * 16) = bytes;
-      }
-    }
+  // Asks for the tiles of the features from k on.
+  __device__ void fetch(UnderWay& next, int64_t k, int64_t end) const {
+    const auto input = [&](int i, int part) -> uint4 {
+      const int64_t m = row + i, from = k + part * EACH;
+      if (m >= count || from >= end) return {0, 0, 0, 0};
+      const uint8_t* codes = p.codes + input_row(m) * p.code_stride;
+      return BITS == 4 ? from_int4<4>(codes, from, end, vectors_a)
+                       : from_int8(codes, from, end, vectors_a);
+    };
+    const auto weight = [&](int i, int part) -> uint4 {
+      const int64_t o = column + i, from = k + part * EACH;
+      if (o >= p.outputs || from >= end) return {0, 0, 0, 0};
+      const uint8_t* codes = p.weight + (expert * p.outputs + o) * p.weight_stride;
+      return from_int4<BITS>(codes, from, end, vectors_b);
+    };
+    next.fetch(input, weight);
   }
 
   // A += X W of `features` features of the tiles, and `ones` += the sum of W.
@@ -128,28 +121,33 @@ struct LinearBlock {
   }
 };
 
-template <int ROWS, int BITS>
+template <int ROWS, int N, int BITS>
 __global__ void __launch_bounds__(LINEAR_THREADS) linear_kernel(Linear p) {
-  using Block = LinearBlock<ROWS, BITS>;
+  using Block = LinearBlock<ROWS, N, BITS>;
   SHARED(uint8_t, a, ROWS * TILE_STRIDE);
-  SHARED(uint8_t, b, COLUMNS * TILE_STRIDE);
-  const int64_t across = ceil_div(p.outputs, COLUMNS), size = p.features / p.groups;
+  SHARED(uint8_t, b, Block::COLUMNS * TILE_STRIDE);
+  const int64_t across = ceil_div(p.outputs, Block::COLUMNS), size = p.features / p.groups;
   const int64_t expert = blockIdx.z, count = p.counts ? p.counts[expert] : p.rows;
-  const int64_t row = blockIdx.x / across * ROWS, column = blockIdx.x % across * COLUMNS;
+  const int64_t row = blockIdx.x / across * ROWS, column = blockIdx.x % across * Block::COLUMNS;
   if (row >= count) return;  // the whole block
   const bool whole = size % 32 == 0;
   const bool aligned = reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 && p.weight_stride % 16 == 0;
   const Block block{p, a, b, expert, row, count, column, whole, whole && aligned};
 
-  float out[Block::M][Block::N][4] = {};
+  typename Block::UnderWay next;
+  block.fetch(next, 0, size);
+  float out[Block::M][N][4] = {};
   const float zero = p.zero.data ? p.zero[0] : 0;
   for (int64_t group = 0; group < p.groups; ++group) {
-    int32_t sums[Block::M][Block::N][4] = {}, ones[Block::N][4] = {};
+    int32_t sums[Block::M][N][4] = {}, ones[N][4] = {};
     const int64_t end = (group + 1) * size;
     for (int64_t k = group * size; k < end; k += Block::FEATURES) {
       __syncthreads();  // the tiles before have been read
-      block.load(k, end);
+      next.put(a, b);
       __syncthreads();
+      const bool last = k + Block::FEATURES >= end;  // then comes the first tile of a group
+      const int64_t then = last ? end : k + Block::FEATURES;
+      if (then < p.features) block.fetch(next, then, last ? end + size : end);
       block.multiply(end - k, sums, ones);
     }
     block.each([&](int m, int n, int i, int64_t, int64_t o) {
@@ -168,9 +166,9 @@ __global__ void __launch_bounds__(LINEAR_THREADS) linear_kernel(Linear p) {
 inline void linear(const Linear& p, bool int4, cudaStream_t stream) {
   if (p.rows == 0 || p.outputs == 0 || p.experts == 0) return;
   const bool few = p.rows <= 16;
-  const int64_t blocks = ceil_div(p.rows, few ? 16 : 64) * ceil_div(p.outputs, COLUMNS);
-  const auto kernel = int4 ? (few ? linear_kernel<16, 4> : linear_kernel<64, 4>)
-                           : (few ? linear_kernel<16, 8> : linear_kernel<64, 8>);
+  const int64_t blocks = ceil_div(p.rows, few ? 16 : 64) * ceil_div(p.outputs, few ? 32 : 64);
+  const auto kernel = int4 ? (few ? linear_kernel<16, 1, 4> : linear_kernel<64, 2, 4>)
+                           : (few ? linear_kernel<16, 1, 8> : linear_kernel<64, 2, 8>);
   LAUNCH(kernel, dim3(blocks, 1, p.experts), dim3(LINEAR_THREADS), stream, p);
 }
 

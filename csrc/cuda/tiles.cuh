@@ -81,4 +81,34 @@ __device__ inline uint4 from_16_bits(const uint16_t* row, int64_t k, int64_t end
   return {words[0], words[1], words[2], words[3]};
 }
 
+// The 16 bytes of two tiles, of ROWS and of COLUMNS rows, that each thread holds on their way from
+// memory: they are asked for before the tiles in use are multiplied, and put into their place
+// afterwards.
+template <int ROWS, int COLUMNS, int THREADS>
+struct TilesUnderWay {
+  static constexpr int PARTS = TILE_BYTES / 16, ALL = (ROWS + COLUMNS) * PARTS;
+  static constexpr int EACH = (ALL + THREADS - 1) / THREADS;
+  uint4 held[EACH];
+
+  // input(row, part) and weight(row, part) are 16 bytes of a row.
+  template <class Input, class Weight>
+  __device__ void fetch(Input input, Weight weight) {
+    UNROLL
+    for (int j = 0; j < EACH; ++j) {
+      const int i = threadIdx.x + j * THREADS, row = i / PARTS, part = i % PARTS;
+      if (i < ALL) held[j] = row < ROWS ? input(row, part) : weight(row - ROWS, part);
+    }
+  }
+
+  __device__ void put(uint8_t* of_input, uint8_t* of_weight) const {
+    UNROLL
+    for (int j = 0; j < EACH; ++j) {
+      const int i = threadIdx.x + j * THREADS, row = i / PARTS, part = i % PARTS;
+      uint8_t* to = row < ROWS ? of_input + row * TILE_STRIDE
+                               : of_weight + (row - ROWS) * TILE_STRIDE;
+      if (i < ALL) *reinterpret_cast<uint4*>(to + part * 16) = held[j];
+    }
+  }
+};
+
 }  // namespace torch_plugins::cuda

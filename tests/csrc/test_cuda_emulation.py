@@ -105,12 +105,12 @@ def test_w4a4_linear_is_exact(linear, shape, int4):
 
 
 BROKEN = {
-    "no barrier behind the loads": (
+    "no barrier behind the tiles": (
         "linear.cuh",
-        "block.load(k, end);\n      __syncthreads();",
-        "block.load(k, end);",
+        "next.put(a, b);\n      __syncthreads();",
+        "next.put(a, b);",
     ),
-    "no barrier before the loads": (
+    "no barrier before the tiles": (
         "linear.cuh",
         "__syncthreads();  // the tiles before have been read",
         "",
@@ -120,11 +120,11 @@ BROKEN = {
         "join(value, memory[warp]);\n  __syncthreads();",
         "join(value, memory[warp]);",
     ),
-    "one row too many": ("linear.cuh", "if (m < count &&", "if (m <= count &&"),
+    "one row too many": ("linear.cuh", "if (m >= count ||", "if (m > count ||"),
     "a tile longer than its memory": (
         "linear.cuh",
-        "(ROWS + COLUMNS) * (TILE_BYTES / 16); i +=",
-        "(ROWS + COLUMNS + 1) * (TILE_BYTES / 16); i +=",
+        "SHARED(uint8_t, b, Block::COLUMNS * TILE_STRIDE);",
+        "SHARED(uint8_t, b, Block::COLUMNS * TILE_STRIDE - 17);",
     ),
     "no mask behind a group": ("tiles.cuh", "k + i < end; ++i) {", "k + i < end + 8; ++i) {"),
     "another layout of fragments": (
