@@ -37,7 +37,7 @@ def run(settings: Settings, peers: str) -> dict[str, Any]:
         given.write_text(json.dumps(asdict(settings)))
         for threads in settings.threads:
             if threads > len(cores()):
-                print(f"{threads} threads: not measured, on {len(cores())} cores")
+                print(f"{threads} threads: not measured, for want of cores")
                 continue
             path = Path(folder, f"{threads}.json")
             quiet = {"CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
@@ -45,6 +45,8 @@ def run(settings: Settings, peers: str) -> dict[str, Any]:
             command = [sys.executable, str(WORKER), str(given), peers, str(threads), str(path)]
             subprocess.run(command, env=environment, check=True)
             runs.append(json.loads(path.read_text()))
+    if not runs:
+        raise SystemExit("nothing was measured")
     return {"machine": machine, "settings": asdict(settings), "peers": peers, "runs": runs}
 
 

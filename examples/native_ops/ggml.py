@@ -19,6 +19,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
         c_size_t,
         [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
     ),
+    "ggml_version": (c_char_p, []),
     "ggml_get_data": (c_void_p, [c_void_p]),
     "ggml_backend_cpu_init": (c_void_p, []),
     "ggml_backend_cpu_set_n_threads": (None, [c_void_p, c_int]),

@@ -15,9 +15,10 @@ import fused
 import linear
 import moe
 import torch
-from arms import Row, Tell
+from arms import Row, Tell, Unavailable
 from limits import Limits, measure
 from machine import caches, pin
+from peers_ggml import library
 from progress import Progress
 from settings import Settings, numbers
 from timing import Effort
@@ -67,9 +68,11 @@ def rows(settings: Settings, peers: str, limits: Limits, tell: Tell) -> Iterator
 def versions() -> dict[str, str]:
     """Of what is compared, where it is installed, and which native library is active."""
     found = {"native": native.load()["cpu"]}
-    for name in ("torch", "transformers", "torchao", "onnxruntime", "llama-cpp-python"):
+    for name in ("torch", "transformers", "torchao", "onnxruntime"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
+    with contextlib.suppress(Unavailable):
+        found["ggml"] = library().ggml_version().decode()
     return found
 
 
