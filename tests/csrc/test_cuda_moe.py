@@ -34,7 +34,7 @@ def routing(tokens, experts, dtype=torch.float32):
         (3, 24, True, "silu", torch.float32),
         (45, 24, True, "gelu", torch.float32),
         (21, 72, False, "gelu_tanh", torch.bfloat16),
-        (45, 24, True, "silu", torch.float16),
+        (45, 20, True, "silu", torch.float16),
         (1, 24, True, "relu", torch.float16),
         (5, 24, False, "silu", torch.float64),
     ],
