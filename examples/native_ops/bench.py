@@ -1,7 +1,7 @@
 """The native operators against what else there is, in one run: times, ratios, goals, and limits.
 
     make bench-csrc                            # all of it: minutes, on a machine that is quiet
-    make bench-csrc ARGS="--quick"             # one minute, few shapes
+    make bench-csrc ARGS="--quick"             # a minute or two
     python examples/native_ops/bench.py        # without the peers that make installs
 
 README.md says what is compared and how. Each number of threads has a process of its own, in which
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import cores, describe
-from settings import OUTPUT, QUICK, Settings, numbers
+from settings import OPERATORS, OUTPUT, QUICK, Settings, numbers
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -52,7 +52,9 @@ def run(settings: Settings, peers: str) -> dict[str, Any]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="about a minute, one thread")
+    parser.add_argument(
+        "--quick", action="store_true", help="a minute or two: one thread, few shapes"
+    )
     parser.add_argument("--plot", action="store_true", help="draw bench.png too")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s")
     parser.add_argument(
@@ -68,6 +70,7 @@ def arguments() -> argparse.Namespace:
             "--" + field.name.replace("_", "-"),
             type=kind,
             nargs="*" if isinstance(values, tuple) else None,
+            choices=OPERATORS if field.name == "operators" else None,
             help=f"default: {values}",
         )
     return parser.parse_args()

@@ -57,7 +57,7 @@ def cores() -> list[int]:
 def pin(threads: int) -> None:
     """Keep this process, and what it starts, on as many cores, where the system can."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores()[:threads])
+        os.sched_setaffinity(0, cores()[-threads:])  # the first ones serve interrupts
 
 
 def _read(path: Path) -> str:

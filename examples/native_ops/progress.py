@@ -38,7 +38,7 @@ class Progress:
     def row(self, row: Row) -> None:
         words = f"{self.prefix}: {row['operator']} {title(row)}, M={row['tokens']}: "
         arm, base = main_arm(row), BASES[row["operator"]]
-        shown = arm or base
+        shown = arm or (base if base in row["arms"] else next(iter(row["arms"])))
         words += f"{shown} {milliseconds(row, shown)} ms"
         if arm:
             others = (base, best(row, peers(row)))

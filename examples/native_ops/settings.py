@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+OPERATORS = ("linear", "moe", "fake-quant", "norm")
 OUTPUT = Path(__file__).resolve().parents[2] / "out" / "bench_csrc"
 
 
@@ -12,7 +13,7 @@ OUTPUT = Path(__file__).resolve().parents[2] / "out" / "bench_csrc"
 class Settings:
     """Each field is an argument of ``bench.py``."""
 
-    operators: tuple[str, ...] = ("linear", "moe", "fake-quant", "norm")
+    operators: tuple[str, ...] = OPERATORS
     threads: tuple[int, ...] = (1, 2)
     shapes: tuple[str, ...] = ("2048x2048", "4096x4096", "4096x11008")
     """K x N: input and output features of the linear layer."""

@@ -114,10 +114,8 @@ def goal_words(verdict: Verdict) -> str:
 
 
 def rounds(rows: list[Row]) -> str:
-    counts = sorted(len(arm["cpu"]) for row in rows for arm in row["arms"].values())
-    return (
-        f"{counts[0]} to {counts[-1]} rounds" if counts[0] < counts[-1] else f"{counts[0]} rounds"
-    )
+    counts = [len(arm["cpu"]) for row in rows for arm in row["arms"].values()]
+    return " to ".join(str(count) for count in sorted({min(counts), max(counts)})) + " rounds"
 
 
 def _table() -> Table:

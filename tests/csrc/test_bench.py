@@ -81,6 +81,21 @@ def test_goals_are_compared_with_the_fastest_peer(bench):
     assert verdicts([row({"bf16": 4.0, "ggml Q4_0": 4.0})]) == []
 
 
+def test_rows_without_ours_or_what_they_are_compared_with_are_shown(bench, capsys):
+    from progress import Progress
+    from rich.console import Console
+    from table import of_arms, of_goals
+
+    for arms in ({"ggml Q4_0": 4.0}, {"W4A4": 2.0}, {"bf16": 1.0}):
+        shown = row({name: seconds / 1000 for name, seconds in arms.items()})
+        shown["arms"] = {n: {**a, "scheme": "", "error": None} for n, a in shown["arms"].items()}
+        Progress(1).row(shown)
+        Console().print(of_arms([shown]), of_goals("linear", [shown]))
+    output = capsys.readouterr().out
+    assert "ggml Q4_0 4.00 ms" in output
+    assert "none of ours was measured" in output
+
+
 def test_ratios_are_taken_within_a_round(bench):
     from timing import ratio
 
