@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
@@ -36,6 +37,7 @@ def experts_class(base: type) -> type:
             first = self.tp_group.rank() * experts // processes
             self.own = slice(first, first + experts // processes)
             self._scores: Tensor | None = None
+            self.packed: Any = None
             self.linear_fc2.register_forward_pre_hook(self._weigh)
             self.register_load_state_dict_pre_hook(sharding.take_one_extra_state)
 
@@ -63,19 +65,23 @@ def experts_class(base: type) -> type:
         def _sparse(self, x: Tensor, scores: Tensor, kept: Tensor) -> Tensor:
             """The kept experts of this process, summed over the processes as ``linear_fc2``
             would."""
-            config, group = self.config, self.tp_group
-            if config.sequence_parallel and group.size() > 1:
+            group = self.tp_group
+            if self.config.sequence_parallel and group.size() > 1:
                 x = mappings.gather_from_sequence_parallel_region(x, group=group)
-            up, down = self.linear_fc1.weight, self.linear_fc2.weight
-            out = dense_moe.sparse_mlp(
-                x.flatten(0, 1),
-                scores.flatten(0, 1)[:, self.own],
-                kept.flatten(0, 1)[:, self.own],
-                up.unflatten(0, (2, -1)) if config.gated_linear_unit else up,
-                down,
-                config.activation_func,
-            ).unflatten(0, x.shape[:2])
-            return combine(self.linear_fc2, out)
+            chosen = scores.flatten(0, 1)[:, self.own], kept.flatten(0, 1)[:, self.own]
+            if self.packed is not None and not torch.is_grad_enabled():
+                out = self.packed(x.flatten(0, 1), *chosen)
+            else:
+                up, down, _, activation = self.expert_weights()
+                out = dense_moe.sparse_mlp(x.flatten(0, 1), *chosen, up, down, activation)
+            return combine(self.linear_fc2, out.unflatten(0, x.shape[:2]))
+
+        def expert_weights(self) -> tuple[Tensor, Tensor, int, Any]:
+            """This process's matrices up and down, its number of experts, and their activation."""
+            up, gated = self.linear_fc1.weight, self.config.gated_linear_unit
+            ups = up.unflatten(0, (2, -1)) if gated else up
+            experts = self.own.stop - self.own.start
+            return ups, self.linear_fc2.weight, experts, self.config.activation_func
 
         def sharded_state_dict(
             self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None

@@ -62,6 +62,10 @@ def test_recompute_changes_no_bit(cases: dict[str, Any], rounds: str) -> None:
 def test_inference_keeps_what_the_rules_keep(cases: dict[str, Any], name: str) -> None:
     """In evaluation, and from prompt to last token through the caches of a static context."""
     case = cases[f"inference {name}"]
+    packed = [case.pop(key) for key in ("packed", "packed, sequence parallel") if key in case]
+    assert len(packed) == 2 * ("inference" in INFERENCE[name][0])
+    for from_rounded, rounding in packed:  # eight bits of inputs against four bits of weights
+        assert 0 < from_rounded < rounding / 4
     assert case["evaluation"] <= 3e-6
     assert case["evaluation, sequence parallel"] <= 3e-6
     assert case["cached"] <= 3e-6

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from ..config import ConfigError, DenseMoE, did_you_mean
-from ..dense_moe import gate_heads, sparse_mlp
+from ..dense_moe import Activation, Weights, gate_heads, sparse_mlp
 from ..dense_moe_attention import Chosen, sparse_attention
 from .attention import PluginDecoderAttention
 from .configuration_plugin_decoder import PluginDecoderConfig, check_experts
@@ -33,12 +34,14 @@ SPARSE_ATTENTION = ("sdpa", "eager")
 class PluginDecoderDenseMoE(PluginDecoderMLP):
     """``sum_i S_i down_i(act(up_i x))``, or with gated experts: one wide MLP (equation 1).
 
-    With some experts only it reads the weights of its projections without calling these.
+    With some experts only it reads the weights of its projections without calling these, or, where
+    no gradient is wanted, what ``torch_plugins.dense_moe_int4.pack_experts`` made of them.
     """
 
     def __init__(self, config: PluginDecoderConfig) -> None:
         super().__init__(config)
         self.router = PluginDecoderRouter(config, "mlp")
+        self.packed: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.router(x)
@@ -48,17 +51,17 @@ class PluginDecoderDenseMoE(PluginDecoderMLP):
         return self.down_proj((inner * weights.unsqueeze(-1)).flatten(-2))
 
     def _sparse(self, x: Tensor, weights: Tensor) -> Tensor:
+        chosen = weights.flatten(0, -2), self.router.keep(weights).flatten(0, -2)
+        if self.packed is not None and not torch.is_grad_enabled():
+            return self.packed(x.flatten(0, -2), *chosen).view(*x.shape)
+        up, down, _, activation = self.expert_weights()
+        return sparse_mlp(x.flatten(0, -2), *chosen, up, down, activation).view(*x.shape)
+
+    def expert_weights(self) -> tuple[Weights, Tensor, int, Activation]:
+        """Matrices up and down, the number of experts, and their activation."""
         up = weight_of(self, "up_proj")
         ups = (weight_of(self, "gate_proj"), up) if self.gated else up
-        out = sparse_mlp(
-            x.flatten(0, -2),
-            weights.flatten(0, -2),
-            self.router.keep(weights).flatten(0, -2),
-            ups,
-            weight_of(self, "down_proj"),
-            self.act_fn,
-        )
-        return out.view(*x.shape)
+        return ups, weight_of(self, "down_proj"), self.router.weight.shape[0], self.act_fn
 
 
 class PluginDecoderDenseMoEAttention(PluginDecoderAttention):
