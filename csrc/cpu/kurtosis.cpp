@@ -24,32 +24,35 @@ Tensor in_place_of(Tensor like_x, const Tensor& rows) {
   return like_x.is_contiguous() ? like_x : torch::stable::copy_(like_x, rows);
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Clips& clips, double eps, bool quantize) {
+// Writes k, and xhat unless it is null; both contiguous.
+void forward(const Tensor& x, const Clips& clips, double eps, const Tensor* xhat, const Tensor& k) {
   const MemoryBound& kernels = memory_bound(x.scalar_type());
   const Rows shape = rows_of(x);
-  const Tensor from = as_contiguous(x), k = empty_of_rows(x);
-  const Tensor like_x = quantize ? fresh_like(x) : x, xhat = as_rows(like_x);
+  const Tensor from = as_contiguous(x);
   const int64_t bytes = shape.d * x.element_size(), of_k = k.element_size();
   const char* in = data<char>(from);
-  char *out = quantize ? mutable_data<char>(xhat) : nullptr, *out_k = mutable_data<char>(k);
-  const bool past = quantize && past_caches(xhat, shape.d);
+  char *out = xhat ? mutable_data<char>(*xhat) : nullptr, *out_k = mutable_data<char>(k);
+  const bool past = xhat && past_caches(*xhat, shape.d);
   each_range(shape, [&](int64_t first, int64_t rows) {
     kernels.fake_quant_kurtosis(in + first * bytes, rows, shape.d, clips, eps,
-                                quantize ? out + first * bytes : nullptr, out_k + first * of_k,
-                                past);
+                                out ? out + first * bytes : nullptr, out_k + first * of_k, past);
   });
-  return {in_place_of(like_x, xhat), k};
 }
 
 Tensor kurtosis(const Tensor& y, double eps) {
   check_rows(y, "kurtosis: y");
-  return std::get<1>(forward(y, NO_CLIPS, eps, false));
+  const Tensor k = empty_of_rows(y);
+  forward(y, NO_CLIPS, eps, nullptr, k);
+  return k;
 }
 
 std::tuple<Tensor, Tensor> fake_quant_kurtosis(const Tensor& x, const Tensor& clip_high,
                                                const Tensor& clip_low, int64_t bits, double eps) {
   check_rows(x, "fake_quant_kurtosis: x");
-  return forward(x, checked_clips("fake_quant_kurtosis", x, clip_high, clip_low, bits), eps, true);
+  const Clips clips = checked_clips("fake_quant_kurtosis", x, clip_high, clip_low, bits);
+  const Tensor k = empty_of_rows(x), like_x = fresh_like(x), xhat = as_rows(like_x);
+  forward(x, clips, eps, &xhat, k);
+  return {in_place_of(like_x, xhat), k};
 }
 
 // g_xhat may be null; dx.
