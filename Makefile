@@ -7,7 +7,7 @@ RUN     = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 NATIVE  = $(VENV)/.native
 
-.PHONY: env transformer-engine test-matrix matrix-checkout demo bench-ladder bench-csrc compare-power-lr serve-check gptq-check lm-eval-check test check check-cuda format clean
+.PHONY: env transformer-engine test-matrix matrix-checkout demo bench-ladder bench-csrc compare-power-lr serve-check gptq-check lm-eval-check abi-check test check check-cuda format clean
 
 env: $(STAMP) $(NATIVE)
 
@@ -167,6 +167,17 @@ lm-eval-check: .matrix/lm-eval/.ready
 	echo "import site; site.addsitedir('$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
 		> $$(echo $(@D)/lib/python*/site-packages)/base.pth
 	$(RUN) -m pip install -q --target $$(echo $(@D)/lib/python*/site-packages) $(PIP)
+	@touch $@
+
+# The library that $(VENV) built, loaded by the oldest torch whose ABI it asks for (5 GB).
+ABI_TORCH = 2.10.0
+
+abi-check: env .matrix/torch-$(ABI_TORCH)/.ready
+	PYTHONPATH=$(CURDIR) .matrix/torch-$(ABI_TORCH)/bin/python -m pytest tests/csrc -k "not build and not levels and not cuda and not triton and not bench" $(ARGS)
+
+.matrix/torch-%/.ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q torch==$* numpy pytest hypothesis
 	@touch $@
 
 clean:

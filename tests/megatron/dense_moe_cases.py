@@ -32,6 +32,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tests.megatron import ladder_cases
 from tests.megatron.dense_moe_naive import Naive, mutual_information_losses
+from tests.megatron.dense_moe_packed import packed
 from tests.megatron.dense_moe_table import (
     BATCH,
     BF16,
@@ -49,8 +50,6 @@ from tests.megatron.dense_moe_table import (
     groups_of,
 )
 from torch_plugins.config import CrossLayerAttention, LadderResidual
-from torch_plugins.dense_moe_int4 import pack_experts
-from torch_plugins.weight_quant import round_to_nearest
 
 Full = dict[str, Tensor]
 LOSS_SCALE = 8.0
@@ -248,23 +247,6 @@ def inference(settings: dict[str, Any], options: dict[str, Any]) -> dict[str, An
         if feature_of(settings).inference != "dense":
             found[f"packed{parallel}"] = packed(model, tokens, positions, mask)
     return found
-
-
-def packed(model: GPTModel, *inputs: Tensor) -> list[float]:
-    """Experts in four bits: how far from the rounded weights these and the weights are."""
-    with torch.no_grad():
-        plain, layers = model(*inputs), pack_experts(model)
-        found = model(*inputs)
-        for layer in (mlp for mlp in model.modules() if hasattr(mlp, "expert_weights")):
-            layer.packed, layers = None, layers - 1
-            _, down, experts, _ = layer.expert_weights()
-            rows = layer.linear_fc1.weight
-            rows.copy_(round_to_nearest(rows).dequantize())
-            parts = [round_to_nearest(part).dequantize() for part in down.chunk(experts, 1)]
-            down.copy_(torch.cat(parts, 1))
-        assert layers == 0
-        expected = model(*inputs)
-    return [relative(found, expected), relative(plain, expected)]
 
 
 def left_out(model: GPTModel, tokens: Tensor) -> list[float]:
