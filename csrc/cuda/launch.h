@@ -91,6 +91,11 @@ inline ScalarType wide_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// A block makes a row, or several.
+inline void check_rows(const char* what, int64_t rows) {
+  if (rows > 0x7fffffff) fail(what, " has ", rows, " rows: must be at most 2147483647");
+}
+
 // Rows of d features: all but the last dimension, and the last.
 struct Rows {
   int64_t count = 1, d = 1;
@@ -100,6 +105,7 @@ struct Rows {
     if (x.dim() < 1) fail(what, " has no dimensions: must be [..., d]");
     shape.assign(x.sizes().begin(), x.sizes().end() - 1);
     for (int64_t size : shape) count *= size;
+    check_rows(what, count);
     d = x.size(x.dim() - 1);
   }
 };

@@ -47,6 +47,7 @@ void check_tokens(const std::string& op, const Tensor& x, const Tensor& scores, 
     check_size(*tensor, what->c_str(), 0, x.size(0));
     check_size(*tensor, what->c_str(), 1, experts);
   }
+  check_rows(of_x.c_str(), x.size(0));
   if (experts > 65535) fail(op, ": there are ", experts, " experts: must be at most 65535");
 }
 

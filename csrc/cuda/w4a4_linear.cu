@@ -59,6 +59,7 @@ Tensor w4a4_linear(Tensor x, Tensor weight, Tensor weight_scale, std::optional<T
   if (y.numel() == 0) return y;
 
   const int64_t rows = y.numel() / outputs;
+  check_rows("w4a4_linear: x", rows);
   const bool int4 = input_bits <= 4 && device.has_int4();
   const int64_t stride = code_stride(features, int4);
   const Tensor from = as_contiguous(x), plain = as_contiguous(weight);

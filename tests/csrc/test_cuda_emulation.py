@@ -3,6 +3,8 @@
 Verified by emulation, not on a GPU: see ``cuda_emulator/emulator.h`` for what that cannot show.
 """
 
+import random
+
 import pytest
 import torch
 
@@ -102,6 +104,21 @@ def test_w4a4_linear_is_exact(linear, shape, int4):
         reference = torch.ops.torch_plugins.w4a4_linear(*case, bits)
         found = emulated(linear, case, bits, int4, seed, offset=(0, 1, 0, 16)[seed])
         assert torch.equal(found, reference), (seed, dtype)
+
+
+@pytest.mark.parametrize("int4", [True, False])
+def test_any_shape(linear, int4):
+    draw = random.Random(int4)
+    for seed in range(25):
+        torch.manual_seed(seed)
+        groups = draw.randint(1, 4)
+        features = groups * draw.choice((draw.randint(1, 70), 32, 64))
+        shape = draw.randint(1, 20), features, draw.randint(1, 40), groups
+        options = [draw.random() < 0.5 for _ in range(3)]
+        case = w4a4_case(*shape, draw.choice(DTYPES), *options)
+        reference = torch.ops.torch_plugins.w4a4_linear(*case, 4)
+        found = emulated(linear, case, 4, int4, seed, offset=draw.choice((0, 1, 8, 16)))
+        assert torch.equal(found, reference), (shape, options)
 
 
 BROKEN = {

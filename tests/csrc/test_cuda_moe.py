@@ -20,11 +20,15 @@ def emulator(tmp_path_factory):
 
 
 def routing(tokens, experts, dtype=torch.float32):
-    """Scores of all, and about half of the experts kept; one has none, one token keeps none."""
+    """Scores of all, and about half of the experts kept: one by no token, and one by every token
+    or one token keeps none."""
     torch.manual_seed(tokens)
     scores, kept = torch.rand(tokens, experts).to(dtype), torch.rand(tokens, experts) > 0.5
     kept[:, experts // 2] = False
-    kept[tokens // 2] = False
+    if tokens % 2:
+        kept[tokens // 2] = False
+    else:
+        kept[:, -1] = True
     return scores, kept
 
 
@@ -32,9 +36,9 @@ def routing(tokens, experts, dtype=torch.float32):
     ("tokens", "width", "gated", "activation", "dtype"),
     [
         (3, 24, True, "silu", torch.float32),
-        (45, 24, True, "gelu", torch.float32),
+        (46, 24, True, "gelu", torch.float32),
         (21, 72, False, "gelu_tanh", torch.bfloat16),
-        (45, 20, True, "silu", torch.float16),
+        (46, 20, True, "silu", torch.float16),
         (1, 24, True, "relu", torch.float16),
         (5, 24, False, "silu", torch.float64),
     ],
@@ -62,7 +66,7 @@ def test_sparse_moe(emulator, tokens, width, gated, activation, dtype):
 @pytest.mark.parametrize("int4", [True, False])
 @pytest.mark.parametrize(
     ("tokens", "gated", "activation", "dtype"),
-    [(3, True, "relu", torch.float32), (45, False, "relu", torch.bfloat16)],
+    [(3, True, "relu", torch.float32), (44, False, "relu", torch.bfloat16)],
 )
 def test_w4a4_sparse_moe_is_exact(emulator, tokens, gated, activation, dtype, int4):
     experts, hidden, width, groups = 4, 42, 24, 3
