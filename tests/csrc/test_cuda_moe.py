@@ -50,6 +50,7 @@ def test_sparse_moe(emulator, tokens, width, gated, activation, dtype):
     gate, up = torch.randn(2, experts, width, hidden).to(dtype) / 4
     down = (torch.randn(hidden, experts * width).to(dtype) / 4).unflatten(1, (experts, width))
     down = down.transpose(0, 1)  # a view [N, D, F] of [D, N F]
+    kept[:, 1], down[1] = False, torch.inf  # beside what others read
     gate = gate if gated else None
     sizes = tokens, hidden, experts, width, hidden, gated, ACTIVATIONS.index(activation)
     (y,) = emulator.run(
