@@ -108,6 +108,8 @@ def main():
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--torch", type=Path, help="another torch's folder, for its headers")
     options = parser.parse_args()
+    if which(nvcc := build.cuda_command(Path(), [])[0]) is None:
+        sys.exit(f"{nvcc} not found: install the CUDA toolkit, or say NVCC=/path/to/nvcc")
     with tempfile.TemporaryDirectory() as folder:
         check_csrc(Path(folder), options.jobs, options.torch)
     if find_spec("triton"):
