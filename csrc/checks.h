@@ -10,20 +10,14 @@
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
-#include <stdexcept>
 #include <string>
+
+#include "fail.h"
 
 namespace torch_plugins {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
-}
 
 inline const char* name_of(ScalarType type) {
   switch (type) {

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "cpu/sparse_moe.h"
@@ -256,6 +257,67 @@ PlainExperts::Matrices matrices(const std::string& what, const Tensor& like, Ten
   return {stack.const_data_ptr(), stack.stride(0), stack.stride(1)};
 }
 
+// Many rows of an expert: torch's own matrix products, which no code here is faster than.
+class ByMatrixProducts {
+ public:
+  ByMatrixProducts(const Mixture& mixture, const Tensor& x, const std::optional<Tensor>& gate,
+                   const Tensor& up, const Tensor& down)
+      : mixture_(mixture), x_(x), gate_(gate), up_(up), down_(down) {}
+
+  // From this many rows of an expert on, measured by `make bench-csrc`.
+  static bool is_faster(const Mixture& mixture, const bool* kept) {
+    constexpr int64_t rows = 6;
+    const int64_t pairs = std::count(kept, kept + mixture.tokens * mixture.experts, true);
+    return pairs >= rows * mixture.experts;
+  }
+
+  void add(int64_t expert, const float* scores, const bool* kept, float* y) const {
+    std::vector<Row> rows;
+    for (int64_t token = 0, at = expert; token < mixture_.tokens; ++token, at += mixture_.experts)
+      if (kept[at]) rows.push_back({token, scores[at]});
+    if (rows.empty()) return;
+    Tensor tokens = empty(x_, {static_cast<int64_t>(rows.size())}, ScalarType::Long);
+    for (size_t i = 0; i < rows.size(); ++i) mutable_data<int64_t>(tokens)[i] = rows[i].token;
+    const Tensor x = torch::stable::index_select(x_, 0, tokens);
+    Tensor h = wide(product(x, gate_ ? *gate_ : up_, expert));
+    activate(h, gate_ ? std::optional(wide(product(x, up_, expert))) : std::nullopt);
+    const Tensor out = wide(product(torch::stable::to(h, x_.scalar_type()), down_, expert));
+    const float* from = data<float>(out);
+    torch::stable::parallel_for(0, rows.size(), 16, [&](int64_t i, int64_t end) {
+      for (; i < end; ++i) {
+        float* to = y + rows[i].token * mixture_.hidden;
+        for (int64_t c = 0; c < mixture_.hidden; ++c)
+          to[c] += rows[i].score * from[i * mixture_.hidden + c];
+      }
+    });
+  }
+
+ private:
+  static Tensor wide(const Tensor& tensor) {
+    return as_contiguous(torch::stable::to(tensor, ScalarType::Float));
+  }
+  static Tensor product(const Tensor& x, const Tensor& stack, int64_t expert) {
+    const Tensor weight = torch::stable::select(stack, 0, expert);
+    return torch::stable::matmul(x, torch::stable::transpose(weight, 0, 1));
+  }
+  void activate(Tensor& h, const std::optional<Tensor>& other) const {
+    const int64_t count = mixture_.width;
+    float* at = mutable_data<float>(h);
+    const float* times = other ? data<float>(*other) : nullptr;
+    torch::stable::parallel_for(0, h.size(0), 16, [&](int64_t row, int64_t end) {
+      for (; row < end; ++row)
+        expert_kernels().activate(mixture_.activation, at + row * count,
+                                  times ? times + row * count : nullptr, count);
+    });
+  }
+
+  const Mixture& mixture_;
+  const Tensor& x_;
+  const std::optional<Tensor>& gate_;
+  const Tensor& up_;
+  const Tensor& down_;
+};
+
 Tensor sparse_moe(Tensor x, Tensor scores, Tensor kept, std::optional<Tensor> gate, Tensor up,
                   Tensor down, std::string activation) {
   constexpr auto op = "sparse_moe";
@@ -267,15 +329,18 @@ Tensor sparse_moe(Tensor x, Tensor scores, Tensor kept, std::optional<Tensor> ga
   const auto into = matrices("sparse_moe: up", x, up, experts, width, x.size(1));
   const auto gates = gate ? matrices("sparse_moe: gate", x, *gate, experts, width, x.size(1)) : into;
   const auto out_of = matrices("sparse_moe: down", x, down, experts, x.size(1), width);
-  if (x.scalar_type() == ScalarType::Half) {
-    auto wide = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
-    const Tensor out = sparse_moe(wide(x), scores, kept, gate ? std::optional(wide(*gate)) : gate,
-                                  wide(up), wide(down), activation);
-    return torch::stable::to(out, ScalarType::Half);
-  }
   Tensor y = empty(tokens.x, {mixture.tokens, mixture.hidden}, ScalarType::Float);
-  PlainExperts plain(mixture, expert_kernels(), x.scalar_type() == ScalarType::BFloat16, gates, into,
-                     out_of, data<float>(tokens.x));
+  const bool half = x.scalar_type() == ScalarType::BFloat16;
+  if (x.scalar_type() == ScalarType::Half ||
+      ByMatrixProducts::is_faster(mixture, data<bool>(tokens.kept))) {
+    torch::stable::zero_(y);
+    const ByMatrixProducts products(mixture, x, gate, up, down);
+    for (int64_t expert = 0; expert < experts; ++expert)
+      products.add(expert, data<float>(tokens.scores), data<bool>(tokens.kept),
+                   mutable_data<float>(y));
+    return finish(x, y);
+  }
+  PlainExperts plain(mixture, expert_kernels(), half, gates, into, out_of, data<float>(tokens.x));
   compute_experts(mixture, data<float>(tokens.scores), data<bool>(tokens.kept), expert_kernels(),
                   plain, mutable_data<float>(y));
   return finish(x, y);

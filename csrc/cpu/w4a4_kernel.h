@@ -98,33 +98,30 @@ void quantize_rows(const T* x, int64_t stride, const Quantization& how, int64_t 
 
 // The product -----------------------------------------------------------------------------------
 
-// One block of one row: what `dot` counted, with the weight's scale and without the 8 of its codes
-// and the zero point of the input's. Added to `to` after the first group.
-INLINE void add_group(const int32_t* counted, int32_t input_sum, float zero, const float* scales,
-                      const int32_t* sums, bool first, float* to) {
-  for (int64_t lane = 0; lane < BLOCK; lane += WIDTH) {
-    Ints count, of_weight;
-    std::memcpy(&count, counted + lane, sizeof count);
-    Floats value = __builtin_convertvector(count - 8 * input_sum, Floats);
-    if (zero != 0) {
-      std::memcpy(&of_weight, sums + lane, sizeof of_weight);
-      value = value - zero * __builtin_convertvector(of_weight, Floats);
-    }
-    value = value * load(scales + lane);
-    store(to + lane, first ? value : load(to + lane) + value);
+// WIDTH columns of one row and group: what `dot` counted, with the weight's scale and without the 8
+// of its codes and the zero point of the input's.
+INLINE Floats of_group(const int32_t* counted, int32_t input_sum, float zero, const float* scales,
+                       const int32_t* sums) {
+  Ints count, of_weight;
+  std::memcpy(&count, counted, sizeof count);
+  Floats value = __builtin_convertvector(count - 8 * input_sum, Floats);
+  if (zero != 0) {
+    std::memcpy(&of_weight, sums, sizeof of_weight);
+    value = value - zero * __builtin_convertvector(of_weight, Floats);
   }
+  return value * load(scales);
 }
 
+// The same with the input's scale and the bias: `count` columns, of which some may be beyond y.
 template <class T>
-INLINE void finish(const float* sums, float scale, const float* bias, int64_t count, T* y) {
-  for (int64_t lane = 0; lane < count; lane += WIDTH) {
-    const int64_t left = count - lane;
-    Floats value = load(sums + lane) * scale;
-    if (bias != nullptr) value = value + (left < WIDTH ? load(bias + lane, left) : load(bias + lane));
-    if (left < WIDTH)
-      store(y + lane, value, left);
-    else
-      store(y + lane, value);
+INLINE void finish(Floats value, float scale, const float* bias, int64_t count, T* y) {
+  value = value * scale;
+  if (count >= WIDTH) {
+    if (bias != nullptr) value = value + load(bias);
+    store(y, value);
+  } else if (count > 0) {
+    if (bias != nullptr) value = value + load(bias, count);
+    store(y, value, count);
   }
 }
 
@@ -137,25 +134,27 @@ void multiply_tile(int64_t rows, const Weight& weight, const Codes& codes, const
   constexpr int64_t COLUMNS = BLOCKS * BLOCK;
   alignas(64) int32_t counted[ROWS * COLUMNS];
   alignas(64) float totals[ROWS * COLUMNS];
-  const int64_t steps = weight.steps();
-  for (int64_t group = 0; group < weight.groups; ++group) {
+  const int64_t groups = weight.groups, steps = weight.steps();
+  const int64_t column = block * BLOCK, count = least(COLUMNS, weight.rows - column);
+  for (int64_t group = 0; group < groups; ++group) {
     dot<ROWS, BLOCKS>(weight.tiles + block * weight.block_bytes() + group * steps * TILE,
                       weight.block_bytes(), steps,
                       codes.values + row * codes.stride + group * codes.group_stride, codes.stride,
                       counted);
     for (int64_t i = 0; i < rows; ++i)
-      for (int j = 0; j < BLOCKS; ++j) {
-        const int64_t at = ((block + j) * weight.groups + group) * BLOCK;
-        add_group(counted + i * COLUMNS + j * BLOCK, codes.sums[(row + i) * weight.groups + group],
-                  codes.zero, weight.scales + at, weight.sums + at, group == 0,
-                  totals + i * COLUMNS + j * BLOCK);
+      for (int64_t lane = 0; lane < COLUMNS; lane += WIDTH) {
+        const int64_t at = ((block + lane / BLOCK) * groups + group) * BLOCK + lane % BLOCK;
+        float* total = totals + i * COLUMNS + lane;
+        Floats value = of_group(counted + i * COLUMNS + lane, codes.sums[(row + i) * groups + group],
+                                codes.zero, weight.scales + at, weight.sums + at);
+        if (group > 0) value = load(total) + value;
+        if (group + 1 < groups)
+          store(total, value);
+        else
+          finish(value, codes.scales[row + i], bias ? bias + column + lane : nullptr, count - lane,
+                 y + i * stride + lane);
       }
   }
-  if (weight.groups == 0) std::memset(totals, 0, sizeof totals);
-  const int64_t column = block * BLOCK, count = least(COLUMNS, weight.rows - column);
-  for (int64_t i = 0; i < rows; ++i)
-    finish(totals + i * COLUMNS, codes.scales[row + i], bias ? bias + column : nullptr, count,
-           y + i * stride);
 }
 
 constexpr int KINDS = sizeof HEIGHTS / sizeof HEIGHTS[0], MOST_ROWS = HEIGHTS[KINDS - 1];

@@ -4,6 +4,7 @@
 #include <optional>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/level.h"
 #include "cpu/w4a4_rows.h"
 #include "cpu/w4a4_weight.h"
@@ -29,6 +30,28 @@ namespace {
 constexpr int64_t CHUNK_BYTES = 512 * 1024;
 // Blocks of weights that a thread takes at a time, and the products that are worth a thread.
 constexpr int64_t STRIP = 4, PRODUCTS_OF_A_TASK = 1 << 18;
+
+// Sizes of a plain weight and its scales.
+struct Sizes {
+  int64_t rows, columns, groups;
+};
+
+Sizes check_plain(const char* op, const Tensor& weight, const Tensor& scale, int64_t columns) {
+  const std::string what = std::string(op) + ": weight", of_scale = what + "_scale";
+  check_cpu(weight, what.c_str());
+  check_cpu(scale, of_scale.c_str());
+  check_dtype(weight, what.c_str(), {ScalarType::Byte});
+  check_dim(weight, what.c_str(), 2);
+  check_size(weight, what.c_str(), 1, (columns + 1) / 2);
+  check_dim(scale, of_scale.c_str(), 2);
+  check_size(scale, of_scale.c_str(), 0, weight.size(0));
+  const int64_t groups = scale.size(1);
+  if (groups < 1 || columns % groups != 0)
+    fail(of_scale, " has ", groups, " columns: their number, that of groups, must divide the ",
+         columns, " input features");
+  check_sizes(what, weight.size(0), columns, groups);
+  return {weight.size(0), columns, groups};
+}
 
 // The one element of a scale or zero point.
 float only(const Tensor& tensor, const char* what) {

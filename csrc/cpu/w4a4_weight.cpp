@@ -1,6 +1,9 @@
 #include "cpu/w4a4_weight.h"
 
 #include <cstring>
+#include <string>
+
+#include "fail.h"
 
 namespace torch_plugins {
 namespace {
@@ -104,23 +107,6 @@ void check_sizes(const std::string& what, int64_t rows, int64_t columns, int64_t
   if (columns / groups > MOST_OF_A_GROUP)
     fail(what, " has groups of ", columns / groups, " features: at most 2 ** 20 can be summed; use "
          "more groups");
-}
-
-Sizes check_plain(const char* op, const Tensor& weight, const Tensor& scale, int64_t columns) {
-  const std::string what = std::string(op) + ": weight", of_scale = what + "_scale";
-  check_cpu(weight, what.c_str());
-  check_cpu(scale, of_scale.c_str());
-  check_dtype(weight, what.c_str(), {ScalarType::Byte});
-  check_dim(weight, what.c_str(), 2);
-  check_size(weight, what.c_str(), 1, (columns + 1) / 2);
-  check_dim(scale, of_scale.c_str(), 2);
-  check_size(scale, of_scale.c_str(), 0, weight.size(0));
-  const int64_t groups = scale.size(1);
-  if (groups < 1 || columns % groups != 0)
-    fail(of_scale, " has ", groups, " columns: their number, that of groups, must divide the ",
-         columns, " input features");
-  check_sizes(what, weight.size(0), columns, groups);
-  return {weight.size(0), columns, groups};
 }
 
 }  // namespace torch_plugins

@@ -1,7 +1,8 @@
 // Prepacked weights: made, read and undone. See w4a4.h for the bytes.
 #pragma once
 
-#include "checks.h"
+#include <string>
+
 #include "cpu/w4a4.h"
 
 namespace torch_plugins {
@@ -21,11 +22,7 @@ void write_header(int64_t rows, int64_t columns, int64_t groups, uint8_t* to);
 void write_blocks(const uint8_t* plain, const float* scales, int64_t rows, int64_t columns,
                   int64_t groups, int64_t first_block, int64_t last_block, uint8_t* to);
 
-// Sizes of a plain weight and its scales, checked.
-struct Sizes {
-  int64_t rows, columns, groups;
-};
+// Raises: more rows, columns or features of a group than these numbers hold.
 void check_sizes(const std::string& what, int64_t rows, int64_t columns, int64_t groups);
-Sizes check_plain(const char* op, const Tensor& weight, const Tensor& scale, int64_t columns);
 
 }  // namespace torch_plugins

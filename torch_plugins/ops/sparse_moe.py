@@ -9,7 +9,8 @@ in four forms: :func:`sparse_moe` by weights in fp32, bf16 or fp16; :func:`w4a4_
 four-bit ones in plain storage, whose inputs x[t] and h[t, i] are quantized each with a scale of its
 own as :mod:`torch_plugins.ops.int4` says; and :func:`w4a4_sparse_moe_prepacked` by those in the
 order in which CPUs read them. A token that keeps no expert gets zeros. Sums over experts are in
-fp32, in their order; none of these has a gradient.
+fp32, in their order; none of these has a gradient. On a CPU, plain weights of which an expert has
+many tokens are multiplied by torch's own matrix products, between which the rest is native.
 
 Shapes: T tokens, D hidden size, N experts, F width of one.
 """
