@@ -47,13 +47,32 @@ def compare(x, g, high, low, bits):
     clip_dtype=st.sampled_from(DTYPES),
     bits=st.sampled_from((1, 2, 3, 4, 5, 8, 16, 30)),
     layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
-    ends=st.sampled_from([(1.3, -0.7), (2.0, 1.0), (1e-3, -1e4), (0.5, 0.5), (-1.0, 1.0)]),
+    ends=st.tuples(st.floats(0.1, 3), st.floats(-3, 0))
+    | st.sampled_from([(2.0, 1.0), (1e-3, -1e4), (0.5, 0.5), (-1.0, 1.0)]),
     seed=st.integers(0, 99),
 )
 def test_what_the_reference_computes(shape, dtype, clip_dtype, bits, layouts, ends, seed):
     """Clips that are equal or in the wrong order included."""
     x, g = (laid_out(draw(shape, dtype, seed + i), how) for i, how in enumerate(layouts))
     compare(x, g, *clips(*ends, clip_dtype, (1,) if seed % 2 else ()), bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_have_the_last_bit_of_the_reference(dtype):
+    """Which a step that is computed otherwise has for most clips, but not for all."""
+    x = draw((100,), dtype, spread=2.0)
+    for seed in range(60):
+        high, low = draw((2,), dtype, seed).sort(descending=True)[0].unbind()
+        bits = 1 + seed % 8
+        same(OPS.fake_quant(x, high, low, bits), fake_quant_reference(x, high, low, bits))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_layout_of_memory(layout, dtype):
+    x, g = draw((3, 5, 33), dtype), draw((3, 5, 33), dtype, 1)
+    compare(laid_out(x, layout), g, *clips(), 4)
+    compare(x, laid_out(g, layout), *clips(), 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,6 +98,13 @@ def test_values_and_clips_that_are_no_usual_numbers(dtype, bits, ends):
     expected = fake_quant_backward_reference(g, x, high, low, bits)
     for mine, theirs in zip(found, expected, strict=True):
         close(mine, theirs)
+
+
+def test_elements_beyond_the_end_take_no_part():
+    """They would be 0, between these clips, and infinitely many steps from them."""
+    x = torch.full((3,), 2.0)
+    _, d_high, d_low = OPS.fake_quant_backward(x, x, *clips(1e-45, -1e-45), 4)
+    assert (d_high.item(), d_low.item()) == (6, 0)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])

@@ -44,20 +44,9 @@ def tolerance(x):
     return 1e-11 if x.dtype == torch.float64 else 2e-5
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(
-    shape=SHAPES.filter(lambda shape: shape[-1] != 2),
-    dtype=st.sampled_from(DTYPES),
-    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
-    bits=st.sampled_from((1, 4, 8)),
-    offset=st.sampled_from((0.0, 3.0)),
-    seed=st.integers(0, 99),
-)
-def test_what_the_references_compute(shape, dtype, layouts, bits, offset, seed):
-    """Of two features, every kurtosis is 1 and every slope 0 but for rounding: left out."""
-    x, g, g_k = inputs(shape, dtype, layouts, seed)
-    x = x + offset if layouts[0] == "contiguous" else x
-    high, low = clips()
+def compare(x, g, g_k, bits):
+    """Both operators and both at once: values, layout and gradients."""
+    dtype, (high, low) = x.dtype, clips()
     k = OPS.kurtosis(x, EPS)
     assert k.is_contiguous()
     close(k, exact_k(x), tolerance(x))
@@ -79,6 +68,28 @@ def test_what_the_references_compute(shape, dtype, layouts, bits, offset, seed):
     for mine, theirs, single in zip(found[1:], of_clips, alone[1:], strict=True):
         close(mine, theirs, atol=g.double().abs().sum().item() * 1e-6 + 1e-30)
         close(mine, single, atol=g.double().abs().sum().item() * 1e-6 + 1e-30)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    shape=SHAPES.filter(lambda shape: shape[-1] != 2),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
+    bits=st.sampled_from((1, 4, 8)),
+    offset=st.sampled_from((0.0, 3.0)),
+    seed=st.integers(0, 99),
+)
+def test_what_the_references_compute(shape, dtype, layouts, bits, offset, seed):
+    """Of two features, every kurtosis is 1 and every slope 0 but for rounding: left out."""
+    x, g, g_k = inputs(shape, dtype, layouts, seed)
+    compare(x + offset if layouts[0] == "contiguous" else x, g, g_k, bits)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_layout_of_memory(layout, dtype):
+    for layouts in ((layout, "contiguous"), ("contiguous", layout)):
+        compare(*inputs((3, 5, 33), dtype, layouts), 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -75,6 +75,17 @@ def test_what_the_reference_computes(shape, dtype, weight_dtype, layouts, with_s
     compare(residual, update, weight, g_sum if with_sum else None, g)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_layout_of_memory(layout, dtype):
+    for index in range(4):
+        residual, update, g, g_sum = (
+            laid_out(draw((3, 5, 33), dtype, i), layout if i == index else "contiguous")
+            for i in range(4)
+        )
+        compare(residual, update, draw((66,), dtype, 9)[::2], g_sum, g)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 4095), (2, 12_345), (1000, 33), (9000, 5)])
 def test_blocks_of_features_and_groups_of_rows(dtype, shape):
