@@ -38,7 +38,7 @@ check: env
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q tests/test_house.py
 
-# csrc/cuda and the Triton kernels, for every GPU of the list; needs nvcc and no GPU, runs nothing.
+# csrc/cuda and the Triton kernels: compiled for every GPU of the list, and emulated; needs nvcc and no GPU.
 check-cuda: env
 	$(RUN) tests/csrc/check_cuda.py $(ARGS)
 

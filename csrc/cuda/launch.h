@@ -2,7 +2,6 @@
 // they run.
 #pragma once
 
-#include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -12,10 +11,14 @@
 #include "checks.h"
 #include "cuda/numbers.cuh"
 
-// Of libtorch_cuda; its header declares it only where the toolkit is that of torch's own build.
+#if defined(__CUDACC__)
+
+// Of libtorch_cuda; torch's header declares it only beside the toolkit of torch's own build.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace torch_plugins::cuda {
+
+inline bool on_gpu(const Tensor& tensor) { return tensor.is_cuda(); }
 
 // The GPU and the stream that the caller chose, for as long as this lives.
 class Device {
@@ -40,8 +43,24 @@ class Device {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
+// Raises what the launches before it were refused for.
+inline void check_launches(const char* what) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) fail(what, ": ", cudaGetErrorString(error));
+}
+
+}  // namespace torch_plugins::cuda
+
+#else
+
+#include "cuda_emulator/device.h"
+
+#endif
+
+namespace torch_plugins::cuda {
+
 inline void check_device(const Tensor& tensor, const char* what, const Tensor& first) {
-  if (!tensor.is_cuda() || tensor.get_device_index() != first.get_device_index())
+  if (!on_gpu(tensor) || tensor.get_device_index() != first.get_device_index())
     fail(what, " is not on the GPU of the first argument: move it");
 }
 
@@ -114,12 +133,6 @@ inline void check_row_numbers(const Tensor& tensor, const char* what, const Rows
   bool same = tensor.dim() == static_cast<int64_t>(rows.shape.size());
   for (int64_t i = 0; same && i < tensor.dim(); ++i) same = tensor.size(i) == rows.shape[i];
   if (!same) fail(what, " has the shape ", shape_of(tensor), ": must be one number for each row");
-}
-
-// Raises what the launches before it were refused for.
-inline void check_launches(const char* what) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) fail(what, ": ", cudaGetErrorString(error));
 }
 
 }  // namespace torch_plugins::cuda

@@ -1,12 +1,16 @@
-"""``make check-cuda``: compiles everything for GPUs, on a machine without one; runs nothing.
+"""``make check-cuda``: what can be checked of ``csrc/cuda`` and the Triton kernels without a GPU.
 
-``csrc/cuda`` by nvcc for each GPU that the library is built for, with the headers of whatever torch
-is installed; and the Triton kernels, which need no toolkit. Then it reads what came out: the
-int4 products of tensor cores must be there from sm_80 to sm_89 and nowhere else, where the
-assembler would make hundreds of instructions of each; elsewhere, and in Triton, int8 ones.
+*Compiled:* by nvcc for each GPU that the library is built for, with the headers of whatever torch
+is installed; and by Triton, without a toolkit. Then it reads what came out: the int4 products of
+tensor cores must be there from sm_80 to sm_89 and nowhere else, where the assembler would make
+hundreds of instructions of each; elsewhere, and in Triton, int8 ones.
+
+*Emulated:* all of the library, with what it does on the host, by ``cuda_emulator/`` under
+AddressSanitizer: tests/csrc/test_cuda.py with tensors of the CPU.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -74,6 +78,41 @@ def check_csrc(folder, jobs, torch=None):
         print("no nvdisasm, in the toolkit or with Triton: machine code was not read")
 
 
+def check_emulated(folder, jobs):
+    """The tests of the library, as one that takes tensors of the CPU for those of a GPU."""
+    torch = build.torch_folder()
+    compiler = os.environ.get("CXX", "g++")
+    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fsanitize=address"]
+    flags += [build.TARGET, *build.include(torch), f"-I{ROOT / 'tests/csrc'}"]
+
+    def one(source):
+        built = folder / (Path(source).name + ".o")
+        command = [compiler, *flags, "-x", "c++", "-c", source, "-o", built]
+        subprocess.run(command, cwd=ROOT, check=True)
+        return built
+
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(one, build.sources("cuda", "cu")))
+    library = folder / "emulated.so"
+    linked = [*objects, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", library]
+    subprocess.run([compiler, "-shared", "-fsanitize=address", *linked], check=True)
+    preloaded = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    environment = {
+        "EMULATED": str(library),
+        "TORCH_PLUGINS_NATIVE": "0",
+        "LD_PRELOAD": " ".join(preloaded),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
+    tests = [sys.executable, "-m", "pytest", "-q", "-s", "tests/csrc/test_cuda.py"]
+    done = subprocess.run(tests, cwd=ROOT, env={**os.environ, **environment})
+    assert done.returncode == 0, "the emulated library is wrong"
+
+
 def check_triton():
     """The kernels' PTX for four GPUs: products must be those of tensor cores."""
     from triton.backends.compiler import GPUTarget
@@ -111,6 +150,7 @@ def main():
     if which(nvcc := build.cuda_command(Path(), [])[0]) is None:
         sys.exit(f"{nvcc} not found: install the CUDA toolkit, or say NVCC=/path/to/nvcc")
     with tempfile.TemporaryDirectory() as folder:
+        check_emulated(Path(folder), options.jobs)
         check_csrc(Path(folder), options.jobs, options.torch)
     if find_spec("triton"):
         check_triton()

@@ -14,7 +14,8 @@ ACTIVATIONS = list(moe.ACTIVATIONS)
 def emulator(tmp_path_factory):
     # So little memory that tokens go through in parts; see the sizes below.
     little = ("sparse_moe.cuh", "int64_t(256) << 20", "27 * 4 * (3 * 24 + 42) * 4")
-    emulator = Emulator(build("moe", tmp_path_factory.mktemp("moe"), [little]))
+    threads = ("experts.cuh", "EXPERT_THREADS = 256", "EXPERT_THREADS = 64")
+    emulator = Emulator(build("moe", tmp_path_factory.mktemp("moe"), [little, threads]))
     yield emulator
     emulator.close()
 
@@ -62,6 +63,19 @@ def test_sparse_moe(emulator, tokens, width, gated, activation, dtype):
     expected = moe.sparse_moe_reference(x, scores, kept, gate, up, down, activation)
     error = {torch.bfloat16: 3e-2, torch.float16: 4e-3}.get(dtype, 1e-5)
     torch.testing.assert_close(y, expected, rtol=error, atol=error)
+
+
+def test_more_tokens_than_threads(emulator):
+    tokens, hidden, width, experts = 150, 3, 2, 2
+    scores, kept = routing(tokens, experts)
+    x, up = torch.randn(tokens, hidden), torch.randn(experts, width, hidden)
+    down = torch.randn(experts, hidden, width)
+    sizes = tokens, hidden, experts, width, hidden, False, ACTIVATIONS.index("relu")
+    expected = moe.sparse_moe_reference(x, scores, kept, None, up, down, "relu")
+    for seed in range(8):
+        arguments = x, scores, kept, None, up, down, Out(x.shape), 0, 0
+        (y,) = emulator.run("sparse_moe", *arguments, *sizes, hidden * width, width, seed=seed)
+        torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize("int4", [True, False])
