@@ -68,7 +68,7 @@ class PackedExperts(nn.Module):
         matrices = (up,) if isinstance(up, Tensor) and up.dim() == 2 else tuple(up)
         self.activation, self.gated, self.input_bits = name, len(matrices) == 2, input_bits
         self.width = down_DNF.shape[1] // experts
-        self.source = [(weight, weight._version) for weight in (*matrices, down_DNF)]
+        self.source = [(weight, _version(weight)) for weight in (*matrices, down_DNF)]
         by_expert = [matrix.detach().unflatten(0, (experts, -1)) for matrix in matrices]
         down_NDF = down_DNF.detach().unflatten(1, (experts, -1)).transpose(0, 1)
         self.prepacked = active("cpu") and down_DNF.device.type == "cpu"
@@ -86,7 +86,7 @@ class PackedExperts(nn.Module):
         self.register_buffer(name, packed, persistent=False)
 
     def forward(self, x_TD: Tensor, scores_TN: Tensor, kept_TN: Tensor) -> Tensor:
-        if any(weight._version != version for weight, version in self.source):
+        if any(_version(weight) != version for weight, version in self.source):
             raise RuntimeError(
                 "the experts' weights have changed since pack_experts: call it again"
             )
@@ -95,6 +95,11 @@ class PackedExperts(nn.Module):
         if self.prepacked:
             return w4a4_sparse_moe_prepacked(*packed, self.down, self.width, *rest)
         return w4a4_sparse_moe(*packed, self.gate_up_scale, self.down, self.down_scale, *rest)
+
+
+def _version(weight: Tensor) -> int:
+    """Counts changes in place, but of tensors that were made under ``torch.inference_mode``."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def pack_experts(model: nn.Module, input_bits: int = 8, group_size: int = -1) -> int:

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -54,8 +55,9 @@ Sizes check_plain(const char* op, const Tensor& weight, const Tensor& scale, int
 }
 
 // The one element of a scale or zero point.
-float only(const Tensor& tensor, const char* what) {
-  check_cpu(tensor, what);
+float only(const char* op, const char* name, const Tensor& tensor) {
+  const std::string what = std::string(op) + ": " + name;
+  check_cpu(tensor, what.c_str());
   if (tensor.numel() != 1) fail(what, " has the shape ", shape_of(tensor), ": must be one element");
   const Tensor wide = torch::stable::to(tensor, ScalarType::Float);
   return *data<float>(wide);
@@ -65,8 +67,8 @@ Quantization how(const char* op, int64_t columns, int64_t groups, int64_t bits,
                  const std::optional<Tensor>& scale, const std::optional<Tensor>& zero) {
   if (bits < 2 || bits > 8) fail(op, ": input_bits is ", bits, ": must be 2 to 8");
   Quantization out{columns, groups, static_cast<int>(bits), scale.has_value(), 0, 0};
-  if (scale) out.scale = only(*scale, "w4a4_linear: input_scale");
-  if (zero) out.zero = only(*zero, "w4a4_linear: input_zero_point");
+  if (scale) out.scale = only(op, "input_scale", *scale);
+  if (zero) out.zero = only(op, "input_zero_point", *zero);
   return out;
 }
 
@@ -119,9 +121,10 @@ Tensor run(const char* op, const Tensor& x, const Weight& weight,
   shape.back() = weight.rows;
   std::optional<Tensor> of_bias;
   if (bias) {
-    check_cpu(*bias, "w4a4_linear: bias");
-    check_dim(*bias, "w4a4_linear: bias", 1);
-    check_size(*bias, "w4a4_linear: bias", 0, weight.rows);
+    const std::string what = std::string(op) + ": bias";
+    check_cpu(*bias, what.c_str());
+    check_dim(*bias, what.c_str(), 1);
+    check_size(*bias, what.c_str(), 0, weight.rows);
     of_bias = as_contiguous(torch::stable::to(*bias, ScalarType::Float));
   }
   const bool narrow = x.scalar_type() == ScalarType::Half;
