@@ -13,6 +13,7 @@ from deepspeed_plugins import auxiliary_loss, doctor
 from deepspeed_plugins.features import adapter, available
 from deepspeed_plugins.seams import requirements, versions
 from deepspeed_plugins.seams.ledger import HOOKS, REGISTRIES, USED
+from torch_plugins import native
 from torch_plugins.config import FEATURES, ConfigError
 from torch_plugins.seams import huggingface, patch, report
 from torch_plugins.seams.symbol import Symbol
@@ -98,6 +99,7 @@ def test_doctor(monkeypatch, capsys):
     assert found["activation"]["entry point"] == "found"
     assert doctor.main([]) == 0
     text = capsys.readouterr().out
+    assert f"cpu                  {native.load()['cpu']}" in text
     for symbol in (*HOOKS, *USED, *huggingface.HOOKS):
         assert symbol.id in text
     assert text.endswith("healthy\n")

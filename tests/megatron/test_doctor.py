@@ -8,6 +8,7 @@ import pytest
 from deepspeed_plugins.seams import ledger as deepspeed_ledger
 from megatron_plugins import doctor
 from megatron_plugins.seams.ledger import HOOKS, USED
+from torch_plugins import native
 from torch_plugins.seams import huggingface, patch
 from torch_plugins.seams.symbol import Symbol
 
@@ -19,7 +20,8 @@ def test_healthy(capsys):
         assert symbol.id in text
         assert symbol.why in text
     assert "entry point          found" in text
-    assert "none shipped in this version" in text
+    for kind, state in native.load().items():
+        assert f"{kind:<20} {state}" in text
     assert text.endswith("healthy\n")
 
 
