@@ -31,6 +31,7 @@ Paper: arXiv 2404.05567, section 2.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -168,19 +169,20 @@ def _sparse_by_operator(
     down: Tensor,
     activation: Activation,
 ) -> Tensor | None:
-    """By the native operator; None where there is none for this."""
-    try:  # by its full name: this file may lie in a model's folder, by itself
-        from torch_plugins.ops.sparse_moe import activation_name, runs_in_native_code, sparse_moe
-    except ImportError:
+    """By the native operator; None where there is none for this, or the host did not import it:
+    this file may lie in a model's folder, by itself."""
+    ops = sys.modules.get("torch_plugins.ops.sparse_moe")
+    if ops is None:
         return None
-    name = activation_name(activation)
-    if name is None or not runs_in_native_code(x, scores_TN, *up, down):
+    name = ops.activation_name(activation)
+    if name is None or not ops.runs_in_native_code(x, scores_TN, *up, down):
         return None
     experts = scores_TN.shape[-1]
     matrices = [matrix.unflatten(0, (experts, -1)) for matrix in up]
     gate = matrices[0] if len(matrices) == 2 else None
     down_NDF = down.unflatten(-1, (experts, -1)).transpose(0, 1)
-    return sparse_moe(x, scores_TN, kept_TN, gate, matrices[-1], down_NDF, name)
+    out: Tensor = ops.sparse_moe(x, scores_TN, kept_TN, gate, matrices[-1], down_NDF, name)
+    return out
 
 
 def _sparse_by_run(

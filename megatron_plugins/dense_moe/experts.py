@@ -20,6 +20,7 @@ from megatron_plugins.dense_moe.projections import combine
 from megatron_plugins.dense_moe.router import Router
 from torch_plugins import dense_moe
 from torch_plugins.config import DenseMoE
+from torch_plugins.ops import sparse_moe  # noqa: F401  (dense_moe.sparse_mlp finds it)
 
 
 @cache

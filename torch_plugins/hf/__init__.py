@@ -14,6 +14,7 @@ Without the package, a saved folder carries its code::
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .._autoload import activate
+from ..ops import sparse_moe  # noqa: F401  (the decoder finds it)
 from .configuration_plugin_decoder import PluginDecoderConfig
 from .granite import granite_config
 from .modeling_plugin_decoder import PluginDecoderForCausalLM, PluginDecoderModel
