@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 KINDS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 FLAGS = [
     "-std=c++17",
-    "-O1",
+    "-O0",
     "-g1",
     "-Wall",
     "-Wextra",

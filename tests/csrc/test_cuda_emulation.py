@@ -168,7 +168,7 @@ def what_is_seen(emulator, seed):
 @pytest.mark.parametrize("what", BROKEN)
 def test_the_emulator_sees_what_is_broken(tmp_path, what):
     """A missing barrier within eight seeds, anything else with the first."""
-    program = build("linear", tmp_path, [BROKEN[what]], ["-O0", "-fno-sanitize=undefined"])
+    program = build("linear", tmp_path, [BROKEN[what]], ["-fno-sanitize=undefined"])
     emulator = Emulator(program)
     seeds = range(8 if "barrier" in what else 1)
     seen = next(filter(None, (what_is_seen(emulator, seed) for seed in seeds)), None)
