@@ -1,4 +1,4 @@
-// Activations of experts over vectors of floats, to about one unit in the last place of fp32.
+// Activations of experts over vectors of floats, to a few units in the last place of fp32.
 #pragma once
 
 #include "cpu/vec.h"
@@ -25,21 +25,28 @@ INLINE Floats exponential(Floats x) {
   return x == x ? above : x;
 }
 
-// The error function, from its series in 1 / (1 + p |x|) (Abramowitz and Stegun, 7.1.26): absolute
-// error 1.5e-7.
-INLINE Floats error_function(Floats x) {
-  const Floats size = absolute(x), t = 1 / (1 + 0.3275911f * size);
-  Floats sum = splat(1.061405429f);
-  constexpr float terms[] = {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f};
+// e ** (x ** 2) erfc(x) for x >= 0: t P(t) with t = 1 / (1 + x / 2), fitted for the smallest largest
+// relative error on 0 to 9.5, which is 4e-8; 3e-7 in this arithmetic.
+INLINE Floats scaled_complement(Floats x) {
+  const Floats t = 1 / (1 + 0.5f * x);
+  constexpr float terms[] = {0.283689409f,  -0.485361308f, 0.275956362f, -0.0251649823f,
+                             0.202065274f,  0.243262008f,  0.282353371f, 0.282087684f};
+  Floats sum = splat(-0.0588878356f);
   for (float term : terms) sum = fma(sum, t, splat(term));
-  const Floats value = 1 - sum * t * exponential(-size * size);
-  return x < 0 ? -value : value;
+  return sum * t;
+}
+
+// The normal distribution, below 0 without the loss of digits of 1 + erf.
+INLINE Floats normal(Floats x) {
+  const Floats size = absolute(x) * 0.70710678f;
+  const Floats tail = 0.5f * scaled_complement(size) * exponential(-size * size);
+  return x < 0 ? tail : 1 - tail;
 }
 
 INLINE Floats activate(Activation kind, Floats x) {
   switch (kind) {
     case Activation::silu: return x / (1 + exponential(-x));
-    case Activation::gelu: return 0.5f * x * (1 + error_function(x * 0.70710678f));
+    case Activation::gelu: return x * normal(x);
     case Activation::gelu_tanh: {
       // 0.5 (1 + tanh u) = 1 / (1 + e ** -2u)
       const Floats u = 0.79788456f * x * (1 + 0.044715f * x * x);
