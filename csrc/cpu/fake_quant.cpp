@@ -56,7 +56,7 @@ Tensor fake_quant(const Tensor& x, const Tensor& clip_high, const Tensor& clip_l
   const int64_t bytes = x.element_size();
   const char* in = data<char>(from);
   char* out = mutable_data<char>(xhat);
-  const bool past = past_caches(xhat, CHUNK);
+  const bool past = past_caches(xhat, CHUNK, ALL_CACHES);
   each_range(pieces_of(x), [&](int64_t first, int64_t pieces) {
     const int64_t begin = first * CHUNK, count = std::min(pieces * CHUNK, x.numel() - begin);
     kernels.fake_quant_kurtosis(in + begin * bytes, 1, count, clips, 0, out + begin * bytes,
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quant_backward(const Tensor& gradient, c
   const int64_t bytes = x.element_size();
   const char *in = data<char>(from), *g_in = data<char>(g);
   char* out = mutable_data<char>(dx);
-  const bool past = past_caches(dx, CHUNK);
+  const bool past = past_caches(dx, CHUNK, SECOND_LEVEL);
   std::vector<ClipGradients> sums(pieces_of(x).rows);
   each_chunk(pieces_of(x), [&](int64_t piece, int64_t, int64_t chunk) {
     const int64_t count = std::min(CHUNK, x.numel() - piece * CHUNK), begin = piece * CHUNK * bytes;

@@ -32,7 +32,7 @@ void forward(const Tensor& x, const Clips& clips, double eps, const Tensor* xhat
   const int64_t bytes = shape.d * x.element_size(), of_k = k.element_size();
   const char* in = data<char>(from);
   char *out = xhat ? mutable_data<char>(*xhat) : nullptr, *out_k = mutable_data<char>(k);
-  const bool past = xhat && past_caches(*xhat, shape.d);
+  const bool past = xhat && past_caches(*xhat, shape.d, SECOND_LEVEL);
   each_range(shape, [&](int64_t first, int64_t rows) {
     kernels.fake_quant_kurtosis(in + first * bytes, rows, shape.d, clips, eps,
                                 out ? out + first * bytes : nullptr, out_k + first * of_k, past);
@@ -66,7 +66,7 @@ Tensor backward(const Tensor* g_xhat, const Tensor& g_k, const Tensor& x, const 
   const char *in = data<char>(from), *in_k = data<char>(g_k);
   const char* in_g = g_xhat ? data<char>(g) : nullptr;
   char* out = mutable_data<char>(dx);
-  const bool past = past_caches(dx, shape.d);
+  const bool past = past_caches(dx, shape.d, SECOND_LEVEL);
   sums.resize(chunks_of(shape));
   each_chunk(shape, [&](int64_t first, int64_t rows, int64_t chunk) {
     const int64_t begin = first * bytes;

@@ -84,10 +84,10 @@ Tensor laid_out_like(const Tensor& tensor, const Tensor& like) {
   return out;
 }
 
-bool past_caches(const Tensor& output, int64_t d) {
+bool past_caches(const Tensor& output, int64_t d, int64_t least) {
   const int64_t bytes = output.element_size();
-  return output.numel() * bytes >= (int64_t(1) << 25) && d * bytes % 64 == 0 &&
-         (uintptr_t)output.data_ptr() % 64 == 0;
+  return output.numel() * bytes >= least && d * bytes % 64 == 0 &&
+         (uintptr_t)output.const_data_ptr() % 64 == 0;
 }
 
 }  // namespace torch_plugins

@@ -75,8 +75,11 @@ Tensor fresh_like(const Tensor& tensor);
 // `tensor`, copied where its elements do not lie in the order of those of `like`, which is dense.
 Tensor laid_out_like(const Tensor& tensor, const Tensor& like);
 
-// Whether stores of rows of d elements shall go past the caches: `output` is larger than they are.
-bool past_caches(const Tensor& output, int64_t d);
+// Whether stores of rows of d elements shall go past the caches: that saves reading the memory that
+// is written. Worth it from `least` bytes on: of the second-level caches where a kernel computes so
+// much that it need not wait for the stores, of all caches where it does not.
+constexpr int64_t SECOND_LEVEL = int64_t(4) << 20, ALL_CACHES = int64_t(32) << 20;
+bool past_caches(const Tensor& output, int64_t d, int64_t least);
 
 // Rows in chunks of about 8192 elements: what one thread takes at least, and the parts of sums over
 // all rows. They are the same for any number of threads, and so are the sums.

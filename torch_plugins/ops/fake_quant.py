@@ -102,6 +102,7 @@ def fake_quant(x: Tensor, clip_high: Tensor, clip_low: Tensor, bits: int = 4) ->
     Args:
         clip_high, clip_low: ``c+`` and ``c-``, of one element; ``c- < c+``, which is not checked
             here: it would wait for the GPU.
+        bits: 1 to 31.
     """
     out: Tensor = call(torch.ops.torch_plugins.fake_quant.default, x, clip_high, clip_low, bits)
     return out
