@@ -132,11 +132,24 @@ def test_fake_quant_and_kurtosis(shape, dtype):
 
 
 @needs_library
-def test_strides_are_those_of_torch():
-    x = torch.randn(6, 8).T
+@pytest.mark.parametrize("x", [torch.randn(6, 8).T, torch.randn(6, 16)[:, ::2]])
+def test_memory_with_gaps_or_in_another_order(x):
+    g, h = torch.randn(x.shape[1], x.shape[0]).T, torch.randn(2 * x.shape[0])[::2]
     clips = torch.tensor(1.0), torch.tensor(-1.0), 4
+    reference = quantizer.fake_quant_backward_reference
     agree("fake_quant", quantizer.fake_quant_reference, x, *clips, exact=(0,))
-    agree("fake_quant", quantizer.fake_quant_reference, torch.randn(6, 16)[:, ::2], *clips)
+    agree("fake_quant_backward", reference, g, x, *clips, exact=(0,))
+    agree("kurtosis", moments.kurtosis_reference, x, EPS)
+    agree("kurtosis_backward", moments.kurtosis_backward_reference, h, x, EPS)
+    agree("fake_quant_kurtosis", both.fake_quant_kurtosis_reference, x, *clips, EPS)
+    reference = both.fake_quant_kurtosis_backward_reference
+    agree("fake_quant_kurtosis_backward", reference, g, h, x, *clips, EPS)
+    weight = torch.rand(2 * x.shape[1])[::2]
+    reference = norm.residual_add_rms_norm_reference
+    agree("residual_add_rms_norm", reference, x, g, weight, 1e-6)
+    total = reference(x, g, weight, 1e-6)[0]
+    backward = norm.residual_add_rms_norm_backward_reference
+    agree("residual_add_rms_norm_backward", backward, g, x, total, h, weight)
 
 
 @needs_library
@@ -163,8 +176,8 @@ def test_residual_add_rms_norm(shape, dtype, weighted):
 def test_sparse_moe(tokens, dtype, activation):
     torch.manual_seed(0)
     experts, hidden, width = 6, 72, 50
-    x, scores = torch.randn(tokens, hidden).to(dtype), torch.rand(tokens, experts)
-    kept = torch.rand(tokens, experts) > 0.5
+    x, scores = torch.randn(hidden, tokens).T.to(dtype), torch.rand(experts, tokens).T
+    kept = torch.rand(experts, tokens).T > 0.5
     gate, up = torch.randn(2, experts, width, hidden).to(dtype) / 8
     down = torch.randn(hidden, experts, width).to(dtype).transpose(0, 1) / 8
     arguments = x, scores, kept, gate if tokens != 40 else None, up, down, activation
@@ -172,6 +185,12 @@ def test_sparse_moe(tokens, dtype, activation):
     expected = moe.sparse_moe_reference(*arguments)
     bound = {torch.bfloat16: 3e-2, torch.float16: 4e-3}.get(dtype, 1e-4)
     torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
+
+
+def packed(experts, outputs, features):
+    """Weights between those of others."""
+    codes = torch.randint(-8, 8, (2 * experts, outputs, features), dtype=torch.int8)
+    return int4.pack_int4(codes)[::2]
 
 
 @needs_library
@@ -182,13 +201,11 @@ def test_w4a4_sparse_moe(tokens, bits):
     torch.manual_seed(0)
     experts, hidden, width = 6, 72, 50
     arguments = (
-        torch.randn(tokens, hidden),
-        torch.rand(tokens, experts),
-        torch.rand(tokens, experts) > 0.5,
-        int4.pack_int4(torch.randint(-8, 8, (experts, 2 * width, hidden), dtype=torch.int8)),
-        torch.rand(experts, 2 * width, 3),
-        int4.pack_int4(torch.randint(-8, 8, (experts, hidden, width), dtype=torch.int8)),
-        torch.rand(experts, hidden, 1),
+        torch.randn(hidden, tokens).T,
+        torch.rand(experts, tokens).T,
+        torch.rand(experts, tokens).T > 0.5,
+        *(packed(experts, 2 * width, hidden), torch.rand(2 * experts, 2 * width, 3)[::2]),
+        *(packed(experts, hidden, width), torch.rand(2 * experts, hidden, 1)[::2]),
     )
     arguments = *arguments, True, "relu", bits
     agree("w4a4_sparse_moe", moe.w4a4_sparse_moe_reference, *arguments, exact=(0,))
