@@ -82,8 +82,8 @@ def linear_kernel(
     BYTES: tl.constexpr,
 ) -> None:
     """ROWS x OUTPUTS of y; a group of features after the other, BYTES of the weight at a time."""
-    t = tl.program_id(1) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    o = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    o = tl.program_id(1).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS).to(tl.int64)
     is_row, is_output = t < rows, o < outputs
     even = codes + t[:, None] * 2 * width
     size = features // GROUPS
@@ -175,7 +175,7 @@ def launch(
     )
     few = rows <= 16
     tile = {"ROWS": 16 if few else 64, "OUTPUTS": 64, "BYTES": 64}
-    grid = triton.cdiv(outputs, tile["OUTPUTS"]), triton.cdiv(rows, tile["ROWS"])
+    grid = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(outputs, tile["OUTPUTS"])
     linear_kernel[grid](
         codes,
         scale,
