@@ -121,6 +121,18 @@ def test_any_shape(linear, int4):
         assert torch.equal(found, reference), (shape, options)
 
 
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("int4", [True, False])
+def test_what_is_no_number(linear, static, int4):
+    case = w4a4_case(5, 40, 3, 2, torch.float32, static)
+    x = case[0]
+    x[0, 1], x[1, 39], x[2], x[3, 5] = torch.nan, torch.inf, 0, 3e38
+    found = emulated(linear, case, 4, int4, 0)
+    expected = torch.ops.torch_plugins.w4a4_linear(*case, 4)
+    assert found[0].isnan().all()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 BROKEN = {
     "no barrier behind the tiles": (
         "linear.cuh",

@@ -36,6 +36,8 @@ def main():
         x = (torch.randn(rows, features) * 3).to(dtype)
         if seed == 2:
             x[5, 7], x[6] = torch.nan, 0
+        if seed == 5:
+            x[1, 3], x[0, 4] = torch.nan, torch.inf
         arguments = (
             x,
             pack_int4(torch.randint(-8, 8, (outputs, features), dtype=torch.int8)),
