@@ -5,11 +5,14 @@ ends at the first error; what it says is then the text of :class:`Crash`.
 """
 
 import os
+import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +51,9 @@ def build(name, folder, changes=(), flags=()):
         changes: ``(file, old, new)`` of ``csrc/cuda``: a broken kernel, or a smaller constant.
         flags: of the compiler, behind the others.
     """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None or sys.platform != "linux":
+        pytest.skip("the emulator needs Linux and a C++ compiler")
     include = [ROOT / "csrc"]
     if changes:
         include.insert(0, folder / "changed")
@@ -60,7 +66,7 @@ def build(name, folder, changes=(), flags=()):
                     text = text.replace(old, new)
             (folder / "changed/cuda" / source.name).write_text(text)
     program = folder / name
-    command = [os.environ.get("CXX", "g++"), *FLAGS, *flags, *(f"-I{path}" for path in include)]
+    command = [compiler, *FLAGS, *flags, *(f"-I{path}" for path in include)]
     command += [f"-I{ROOT / 'tests/csrc'}", f"-isystem{Path(torch.__file__).parent / 'include'}"]
     command += [str(ROOT / f"tests/csrc/cuda_emulator/{name}.cpp"), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
