@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml setup.py
 	@test -n "$(PYTHON)" || { echo "no Python 3.12 or 3.13 found: install one, or say make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q --upgrade pip "setuptools>=77" wheel
-	$(RUN) -m pip install -q -e ".[dev]"
+	TORCH_PLUGINS_BUILD=0 $(RUN) -m pip install -q -e ".[dev]"
 	@touch $@
 
 # csrc/, where there is a compiler; without one every operator runs in Python.

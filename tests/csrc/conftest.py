@@ -8,8 +8,8 @@ import torch
 
 from torch_plugins import native
 
-EXAMPLES = 20 if "TEST_LIBRARY" in os.environ else 120
-"""Of hypothesis; sanitizers are slow."""
+EXAMPLES = int(os.environ.get("EXAMPLES", "120"))
+"""Of hypothesis, for each property."""
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def run(level, **environment):
     done = subprocess.run(
         [*command, *OPERATORS, "-k", ALIKE],
         cwd=ROOT,
-        env=os.environ | {"TORCH_PLUGINS_CPU": level} | environment,
+        env=os.environ | {"TORCH_PLUGINS_CPU": level, "EXAMPLES": "24"} | environment,
         capture_output=True,
         text=True,
     )
