@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+INSTRUCTIONS = ("_avx2", "_avx512", "_amx", "_neon")
 LIBRARY = "torch_plugins/lib/libtorch_plugins_cpu.so"
 
 
@@ -120,6 +121,16 @@ def test_without_torch_the_package_still_installs(source, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "torch >= 2.10 is not installed where this builds" in done.stderr
     assert not (tmp_path / LIBRARY).exists()
+
+
+def test_files_of_one_instruction_set_share_no_function():
+    """Of a weak symbol the linker keeps one copy: perhaps that of another instruction set."""
+    files = [p for p in ROOT.glob("build/temp*/csrc_cpu_*.o") if p.name[:-6].endswith(INSTRUCTIONS)]
+    if not files:
+        pytest.skip("make env has not built the CPU library, so there are no objects")
+    for file in files:
+        names = subprocess.check_output(["nm", "-C", file], text=True).splitlines()
+        assert not [name for name in names if name[17:18] in "WVu"], file.name
 
 
 def test_off_by_a_variable():
