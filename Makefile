@@ -32,10 +32,13 @@ bench-ladder: env
 compare-power-lr: env
 	$(RUN) examples/power_lr/compare.py $(ARGS)
 
+CPP = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
 check: env
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 	$(RUN) -m pytest -q tests/test_house.py
 
 # csrc/cuda and the Triton kernels: compiled for every GPU of the list, and emulated; needs nvcc and no GPU.
@@ -45,6 +48,7 @@ check-cuda: env
 format: env
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
 
 # JOBS processes share the tests, see tests/conftest.py; 0: one runs them all, as `pytest` does.
 JOBS ?= 2

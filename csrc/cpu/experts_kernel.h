@@ -47,10 +47,17 @@ template <class W, int OUTPUTS_>
 INLINE void products_rows(const float* x, int64_t x_stride, int64_t rows, const W* w,
                           int64_t w_stride, int64_t count, float* y, int64_t y_stride) {
   for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, y += ROWS * y_stride) switch (rows) {
-      case 1: products_tile<W, 1, OUTPUTS_>(x, x_stride, w, w_stride, count, y, y_stride); break;
-      case 2: products_tile<W, 2, OUTPUTS_>(x, x_stride, w, w_stride, count, y, y_stride); break;
-      case 3: products_tile<W, 3, OUTPUTS_>(x, x_stride, w, w_stride, count, y, y_stride); break;
-      default: products_tile<W, ROWS, OUTPUTS_>(x, x_stride, w, w_stride, count, y, y_stride);
+      case 1:
+        products_tile<W, 1, OUTPUTS_>(x, x_stride, w, w_stride, count, y, y_stride);
+        break;
+      case 2:
+        products_tile<W, 2, OUTPUTS_>(x, x_stride, w, w_stride, count, y, y_stride);
+        break;
+      case 3:
+        products_tile<W, 3, OUTPUTS_>(x, x_stride, w, w_stride, count, y, y_stride);
+        break;
+      default:
+        products_tile<W, ROWS, OUTPUTS_>(x, x_stride, w, w_stride, count, y, y_stride);
     }
 }
 
@@ -59,7 +66,8 @@ void products(const float* x, int64_t x_stride, int64_t rows, const W* w, int64_
               int64_t outputs, int64_t count, float* y, int64_t y_stride) {
   int64_t j = 0;
   for (; j + OUTPUTS <= outputs; j += OUTPUTS)
-    products_rows<W, OUTPUTS>(x, x_stride, rows, w + j * w_stride, w_stride, count, y + j, y_stride);
+    products_rows<W, OUTPUTS>(x, x_stride, rows, w + j * w_stride, w_stride, count, y + j,
+                              y_stride);
   for (; j < outputs; ++j)
     products_rows<W, 1>(x, x_stride, rows, w + j * w_stride, w_stride, count, y + j, y_stride);
 }

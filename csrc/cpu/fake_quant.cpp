@@ -13,16 +13,20 @@ double value_of(const Tensor& clip, const std::string& what) {
   check_cpu(clip, what.c_str());
   if (clip.numel() != 1) fail(what, " has the shape ", shape_of(clip), ": must be one element");
   switch (clip.scalar_type()) {
-    case ScalarType::Float: return *data<float>(clip);
-    case ScalarType::Double: return *data<double>(clip);
-    case ScalarType::Half: return float(*data<torch::headeronly::Half>(clip));
+    case ScalarType::Float:
+      return *data<float>(clip);
+    case ScalarType::Double:
+      return *data<double>(clip);
+    case ScalarType::Half:
+      return float(*data<torch::headeronly::Half>(clip));
     case ScalarType::BFloat16: {
       const uint32_t bits = uint32_t(*data<uint16_t>(clip)) << 16;
       float out;
       std::memcpy(&out, &bits, sizeof out);
       return out;
     }
-    default: fail(what, " is ", name_of(clip.scalar_type()), ": must be floating point");
+    default:
+      fail(what, " is ", name_of(clip.scalar_type()), ": must be floating point");
   }
 }
 

@@ -70,9 +70,9 @@ Tensor backward(const Tensor* g_xhat, const Tensor& g_k, const Tensor& x, const 
   sums.resize(chunks_of(shape));
   each_chunk(shape, [&](int64_t first, int64_t rows, int64_t chunk) {
     const int64_t begin = first * bytes;
-    sums[chunk] = kernels.fake_quant_kurtosis_backward(
-        in_g ? in_g + begin : nullptr, in_k + first * of_k, in + begin, rows, shape.d, clips, eps,
-        out + begin, past);
+    sums[chunk] = kernels.fake_quant_kurtosis_backward(in_g ? in_g + begin : nullptr,
+                                                       in_k + first * of_k, in + begin, rows,
+                                                       shape.d, clips, eps, out + begin, past);
   });
   return in_place_of(like_x, dx);
 }
@@ -84,12 +84,13 @@ Tensor kurtosis_backward(const Tensor& gradient, const Tensor& y, double eps) {
   return backward(nullptr, g_k, y, NO_CLIPS, eps, sums);
 }
 
-std::tuple<Tensor, Tensor, Tensor> fake_quant_kurtosis_backward(
-    const Tensor& g_xhat, const Tensor& g_k, const Tensor& x, const Tensor& clip_high,
-    const Tensor& clip_low, int64_t bits, double eps) {
+std::tuple<Tensor, Tensor, Tensor> fake_quant_kurtosis_backward(const Tensor& g_xhat,
+                                                                const Tensor& g_k, const Tensor& x,
+                                                                const Tensor& clip_high,
+                                                                const Tensor& clip_low,
+                                                                int64_t bits, double eps) {
   check_rows(x, "fake_quant_kurtosis_backward: x");
-  const Clips clips =
-      checked_clips("fake_quant_kurtosis_backward", x, clip_high, clip_low, bits);
+  const Clips clips = checked_clips("fake_quant_kurtosis_backward", x, clip_high, clip_low, bits);
   check_like(g_xhat, "fake_quant_kurtosis_backward: g_xhat", x);
   const Tensor k = checked_g_k(g_k, "fake_quant_kurtosis_backward: g_k", x);
   std::vector<ClipGradients> sums;

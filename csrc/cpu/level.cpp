@@ -1,8 +1,8 @@
 #include "cpu/level.h"
 
 #include <cstdlib>
-#include <initializer_list>
 #include <cstring>
+#include <initializer_list>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -79,11 +79,16 @@ Level level() {
 
 const char* name_of(Level level) {
   switch (level) {
-    case Level::neon: return "neon";
-    case Level::avx2: return "avx2";
-    case Level::avx512: return "avx512";
-    case Level::amx: return "amx";
-    default: return "portable";
+    case Level::neon:
+      return "neon";
+    case Level::avx2:
+      return "avx2";
+    case Level::avx512:
+      return "avx512";
+    case Level::amx:
+      return "amx";
+    default:
+      return "portable";
   }
 }
 

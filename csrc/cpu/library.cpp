@@ -1,4 +1,5 @@
-// The CPU library: what it is and what it runs on. Each operator registers itself, beside its driver.
+// The CPU library: what it is and what it runs on. Each operator registers itself, beside its
+// driver.
 #include "checks.h"
 #include "cpu/level.h"
 

@@ -17,10 +17,14 @@ const MemoryBound& memory_bound(ScalarType type) {
     of_dtypes = memory_bound_avx2;
 #endif
   switch (type) {
-    case ScalarType::Float: return of_dtypes[0];
-    case ScalarType::BFloat16: return of_dtypes[1];
-    case ScalarType::Half: return of_dtypes[2];
-    default: return of_dtypes[3];
+    case ScalarType::Float:
+      return of_dtypes[0];
+    case ScalarType::BFloat16:
+      return of_dtypes[1];
+    case ScalarType::Half:
+      return of_dtypes[2];
+    default:
+      return of_dtypes[3];
   }
 }
 
@@ -50,8 +54,8 @@ Tensor fresh(const Tensor& x, int64_t dim, ScalarType type) {
   for (int64_t i = dim; i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes.data(), strides, dtype, aoti_torch_device_type_cpu(), 0, &out));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes.data(), strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &out));
   return Tensor(out);
 }
 
@@ -63,7 +67,7 @@ Rows rows_of(const Tensor& x) {
 
 Tensor fresh_like(const Tensor& tensor) {
   Tensor out = tensor.is_contiguous() ? fresh(tensor, tensor.dim(), tensor.scalar_type())
-                                       : torch::stable::empty_like(tensor);
+                                      : torch::stable::empty_like(tensor);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t(1) << 21;
   const uintptr_t begin = (uintptr_t)out.mutable_data_ptr();

@@ -1,6 +1,7 @@
 // Kernels whose time is that of reading and writing memory: a table of them for each dtype. Arrays
 // are contiguous; their elements are of the table's dtype where nothing else is said, "wide" ones
-// fp64 for fp64 and fp32 for all others. Each call runs in one thread, on the rows that it is given.
+// fp64 for fp64 and fp32 for all others. Each call runs in one thread, on the rows that it is
+// given.
 #pragma once
 
 #include <algorithm>

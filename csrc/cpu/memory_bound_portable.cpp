@@ -2,7 +2,7 @@
 
 namespace torch_plugins {
 
-const MemoryBound memory_bound_portable[4] = {
-    kernels_of<float>(), kernels_of<bf16>(), kernels_of<f16>(), kernels_of<double>()};
+const MemoryBound memory_bound_portable[4] = {kernels_of<float>(), kernels_of<bf16>(),
+                                              kernels_of<f16>(), kernels_of<double>()};
 
 }  // namespace torch_plugins

@@ -74,8 +74,8 @@ void compute(const Mixture& mixture, const Wave& wave, const ExpertKernels& kern
   torch::stable::parallel_for(0, rows, 16, [&](int64_t row, int64_t end) {
     for (; row < end; ++row) {
       float* of_row = h + row * inner;
-      kernels.activate(mixture.activation, of_row,
-                       mixture.gated ? of_row + mixture.width : nullptr, mixture.width);
+      kernels.activate(mixture.activation, of_row, mixture.gated ? of_row + mixture.width : nullptr,
+                       mixture.width);
       experts.keep(row, of_row);
     }
   });
@@ -98,12 +98,16 @@ const ExpertKernels& expert_kernels() {
   switch (level()) {
 #if defined(__x86_64__)
     case Level::amx:
-    case Level::avx512: return experts_avx512();
-    case Level::avx2: return experts_avx2();
+    case Level::avx512:
+      return experts_avx512();
+    case Level::avx2:
+      return experts_avx2();
 #elif defined(__aarch64__)
-    case Level::neon: return experts_neon();
+    case Level::neon:
+      return experts_neon();
 #endif
-    default: return experts_portable();
+    default:
+      return experts_portable();
   }
 }
 

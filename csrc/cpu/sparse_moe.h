@@ -1,10 +1,10 @@
 // The order in which a few chosen experts are computed, whatever their weights are made of.
 //
 // Every pair of a token and an expert that it keeps is a row; rows of one expert lie beside each
-// other and are a segment. Rows go through in waves that a cache holds: inputs are taken, multiplied
-// by the first matrices, activated, and multiplied by the second, whose results are added to their
-// tokens at once. A thread owns columns of the output, so sums are in the order of experts whatever
-// the number of threads.
+// other and are a segment. Rows go through in waves that a cache holds: inputs are taken,
+// multiplied by the first matrices, activated, and multiplied by the second, whose results are
+// added to their tokens at once. A thread owns columns of the output, so sums are in the order of
+// experts whatever the number of threads.
 #pragma once
 
 #include <cstdint>

@@ -19,10 +19,14 @@ namespace {
 class PackedExperts final : public Experts {
  public:
   PackedExperts(std::vector<Weight> into, std::vector<Weight> out_of, const float* x, int bits)
-      : into_(std::move(into)), out_of_(std::move(out_of)), x_(x), kernels_(w4a4_kernels()),
+      : into_(std::move(into)),
+        out_of_(std::move(out_of)),
+        x_(x),
+        kernels_(w4a4_kernels()),
         first_{into_[0].columns, into_[0].groups, bits, false, 0, 0},
         second_{out_of_[0].columns, out_of_[0].groups, bits, false, 0, 0},
-        inputs_(kernels_, WAVE, first_), inner_(kernels_, WAVE, second_) {}
+        inputs_(kernels_, WAVE, first_),
+        inner_(kernels_, WAVE, second_) {}
 
   void take(int64_t row, int64_t token) override {
     quantize(first_, inputs_, row, x_ + token * first_.columns);
@@ -41,7 +45,8 @@ class PackedExperts final : public Experts {
 
  private:
   // `row` of the codes from one row at `from`.
-  void quantize(const Quantization& how, const QuantizedRows& rows, int64_t row, const float* from) {
+  void quantize(const Quantization& how, const QuantizedRows& rows, int64_t row,
+                const float* from) {
     Codes codes = rows.codes;
     codes.values += row * codes.stride;
     codes.sums += row * how.groups;
@@ -66,8 +71,15 @@ class PlainExperts final : public Experts {
   };
   PlainExperts(const Mixture& mixture, const ExpertKernels& kernels, bool half, Matrices gate,
                Matrices up, Matrices down, const float* x)
-      : mixture_(mixture), kernels_(kernels), half_(half), gate_(gate), up_(up), down_(down), x_(x),
-        inputs_(new float[WAVE * mixture.hidden]), inner_(new float[WAVE * mixture.width]) {}
+      : mixture_(mixture),
+        kernels_(kernels),
+        half_(half),
+        gate_(gate),
+        up_(up),
+        down_(down),
+        x_(x),
+        inputs_(new float[WAVE * mixture.hidden]),
+        inner_(new float[WAVE * mixture.width]) {}
 
   void take(int64_t row, int64_t token) override {
     const float* from = x_ + token * mixture_.hidden;
@@ -165,8 +177,8 @@ std::vector<Weight> read_experts(const char* op, const char* name, const Tensor&
                                  int64_t columns) {
   std::vector<Weight> out;
   for (int64_t i = 0; i < all.size(0); ++i) {
-    out.push_back(read_prepacked(op, name, data<uint8_t>(all) + i * all.size(1), all.size(1), rows,
-                                 columns));
+    out.push_back(
+        read_prepacked(op, name, data<uint8_t>(all) + i * all.size(1), all.size(1), rows, columns));
     if (out.back().groups != out.front().groups)
       fail(op, ": ", name, " has experts of ", out.front().groups, " and of ", out.back().groups,
            " groups: must be the same for all");
@@ -187,8 +199,8 @@ Tensor w4a4_sparse_moe_prepacked(Tensor x, Tensor scores, Tensor kept, Tensor ga
   check_size(down, "w4a4_sparse_moe_prepacked: down", 0, gate_up.size(0));
   if (width < 0) fail(op, ": width is ", width, ": must be the width of an expert");
   const Tokens tokens = check_tokens(op, x, scores, kept, gate_up.size(0));
-  const Mixture mixture{x.size(0), gate_up.size(0), x.size(1), width, gated,
-                        activation_of(op, activation)};
+  const Mixture mixture{x.size(0), gate_up.size(0), x.size(1),
+                        width,     gated,           activation_of(op, activation)};
   const Tensor first = as_contiguous(gate_up), second = as_contiguous(down);
   auto into = read_experts(op, "gate_up", first, mixture.inner(), mixture.hidden);
   auto out_of = read_experts(op, "down", second, mixture.hidden, width);
@@ -324,10 +336,11 @@ Tensor sparse_moe(Tensor x, Tensor scores, Tensor kept, std::optional<Tensor> ga
   check_dim(up, "sparse_moe: up", 3);
   const int64_t experts = up.size(0), width = up.size(1);
   const Tokens tokens = check_tokens(op, x, scores, kept, experts);
-  const Mixture mixture{x.size(0), experts, x.size(1), width, gate.has_value(),
-                        activation_of(op, activation)};
+  const Mixture mixture{x.size(0), experts,          x.size(1),
+                        width,     gate.has_value(), activation_of(op, activation)};
   const auto into = matrices("sparse_moe: up", x, up, experts, width, x.size(1));
-  const auto gates = gate ? matrices("sparse_moe: gate", x, *gate, experts, width, x.size(1)) : into;
+  const auto gates =
+      gate ? matrices("sparse_moe: gate", x, *gate, experts, width, x.size(1)) : into;
   const auto out_of = matrices("sparse_moe: down", x, down, experts, x.size(1), width);
   Tensor y = empty(tokens.x, {mixture.tokens, mixture.hidden}, ScalarType::Float);
   const bool half = x.scalar_type() == ScalarType::BFloat16;

@@ -2,9 +2,9 @@
 // GCC and Clang: 16 with AVX-512, 8 with AVX2, else 4 (NEON, SSE2, or whatever the compiler makes).
 //
 // A kernel is a header of templates that files of each instruction set include. Everything here is
-// static or in the unnamed namespace, on purpose: the linker keeps one copy of an inline function of
-// the same name, and must not give the one with AVX-512 to a machine without. For the same reason
-// files of one instruction set use no containers of the standard library.
+// static or in the unnamed namespace, on purpose: the linker keeps one copy of an inline function
+// of the same name, and must not give the one with AVX-512 to a machine without. For the same
+// reason files of one instruction set use no containers of the standard library.
 #pragma once
 
 #include <cstdint>

@@ -9,9 +9,9 @@
 //   tiles    uint8 [B][G][E][64] E = ceil(I / G / 8) steps of eight features
 //
 // Byte 4 r + c of a tile holds row r of the block: feature c of the step in its low half, feature
-// 4 + c in its high half, each as code + 8, and 8 where there is no such row or feature. Sixteen rows
-// of four features are one register of AVX-512's vpdpbusd and one row of an AMX tile; halves and
-// quarters of them serve AVX2 and NEON.
+// 4 + c in its high half, each as code + 8, and 8 where there is no such row or feature. Sixteen
+// rows of four features are one register of AVX-512's vpdpbusd and one row of an AMX tile; halves
+// and quarters of them serve AVX2 and NEON.
 #pragma once
 
 #include <cstdint>
@@ -38,9 +38,9 @@ struct Weight {
 // Rows of inputs as codes. Groups begin every `group_stride` bytes and end in zeros.
 struct Codes {
   int8_t* values;
-  int32_t* sums;    // [rows][groups]
-  float* scales;    // [rows]; NaN where a row has no finite result
-  float zero;       // the zero point of all of them
+  int32_t* sums;  // [rows][groups]
+  float* scales;  // [rows]; NaN where a row has no finite result
+  float zero;     // the zero point of all of them
   int64_t stride, group_stride;
 };
 
@@ -60,8 +60,8 @@ struct Kernels {
                    int64_t last, const Codes& codes);
   void (*quantize_bf16)(const uint16_t* x, int64_t stride, const Quantization& how, int64_t first,
                         int64_t last, const Codes& codes);
-  // x W^T + bias for rows and blocks from first to last, the last left out, into y, rows of `stride`
-  // elements that begin with the first of both. Writes no column beyond the weight's rows.
+  // x W^T + bias for rows and blocks from first to last, the last left out, into y, rows of
+  // `stride` elements that begin with the first of both. Writes no column beyond the weight's rows.
   void (*multiply)(const Weight& weight, const Codes& codes, const float* bias, int64_t first_row,
                    int64_t last_row, int64_t first_block, int64_t last_block, float* y,
                    int64_t stride);

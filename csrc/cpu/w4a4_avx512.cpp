@@ -1,5 +1,5 @@
-// AVX-512 with VNNI. Twelve rows by two blocks keep 24 sums, four halves of weights and a code in the
-// 32 registers.
+// AVX-512 with VNNI. Twelve rows by two blocks keep 24 sums, four halves of weights and a code in
+// the 32 registers.
 #include "cpu/w4a4.h"
 #include "cpu/w4a4_vnni.h"
 

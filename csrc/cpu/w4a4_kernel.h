@@ -4,11 +4,11 @@
 //   void dot(const uint8_t* tiles, int64_t block_bytes, int64_t steps, const int8_t* codes,
 //            int64_t stride, int32_t* sums);
 //
-// which counts sums[ROWS][BLOCKS * 16] of (weight code + 8) * input code over the steps of one group,
-// and what is best for it: HEIGHTS, the numbers of rows that are multiplied at once, in order;
-// MOST_BLOCKS at once with any of them, BLOCKS_OF_FEW with up to FEW_ROWS, BLOCKS_OF_A_ROW with one;
-// and ALIGNMENT, the bytes of which a group of codes is a multiple. Fewer rows than the next height
-// are multiplied with what lies behind them, which is memory of ours, and dropped.
+// which counts sums[ROWS][BLOCKS * 16] of (weight code + 8) * input code over the steps of one
+// group, and what is best for it: HEIGHTS, the numbers of rows that are multiplied at once, in
+// order; MOST_BLOCKS at once with any of them, BLOCKS_OF_FEW with up to FEW_ROWS, BLOCKS_OF_A_ROW
+// with one; and ALIGNMENT, the bytes of which a group of codes is a multiple. Fewer rows than the
+// next height are multiplied with what lies behind them, which is memory of ours, and dropped.
 #pragma once
 
 #include "cpu/vec.h"
@@ -145,8 +145,9 @@ void multiply_tile(int64_t rows, const Weight& weight, const Codes& codes, const
       for (int64_t lane = 0; lane < COLUMNS; lane += WIDTH) {
         const int64_t at = ((block + lane / BLOCK) * groups + group) * BLOCK + lane % BLOCK;
         float* total = totals + i * COLUMNS + lane;
-        Floats value = of_group(counted + i * COLUMNS + lane, codes.sums[(row + i) * groups + group],
-                                codes.zero, weight.scales + at, weight.sums + at);
+        Floats value =
+            of_group(counted + i * COLUMNS + lane, codes.sums[(row + i) * groups + group],
+                     codes.zero, weight.scales + at, weight.sums + at);
         if (group > 0) value = load(total) + value;
         if (group + 1 < groups)
           store(total, value);
@@ -227,7 +228,8 @@ void multiply_bf16(const Weight& weight, const Codes& codes, const float* bias, 
            reinterpret_cast<bf16*>(y), stride);
 }
 
-constexpr Kernels KERNELS{ALIGNMENT, MOST_ROWS, quantize_float, quantize_bf16, multiply_float, multiply_bf16};
+constexpr Kernels KERNELS{ALIGNMENT,     MOST_ROWS,      quantize_float,
+                          quantize_bf16, multiply_float, multiply_bf16};
 
 }  // namespace
 }  // namespace torch_plugins

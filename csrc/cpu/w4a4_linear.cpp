@@ -15,13 +15,18 @@ namespace torch_plugins {
 const Kernels& w4a4_kernels() {
   switch (level()) {
 #if defined(__x86_64__)
-    case Level::amx: return w4a4_amx();
-    case Level::avx512: return w4a4_avx512();
-    case Level::avx2: return w4a4_avx2();
+    case Level::amx:
+      return w4a4_amx();
+    case Level::avx512:
+      return w4a4_avx512();
+    case Level::avx2:
+      return w4a4_avx2();
 #elif defined(__aarch64__)
-    case Level::neon: return w4a4_neon();
+    case Level::neon:
+      return w4a4_neon();
 #endif
-    default: return w4a4_portable();
+    default:
+      return w4a4_portable();
   }
 }
 
@@ -130,7 +135,8 @@ Tensor run(const char* op, const Tensor& x, const Weight& weight,
   const bool narrow = x.scalar_type() == ScalarType::Half;
   Tensor input = as_contiguous(narrow ? torch::stable::to(x, ScalarType::Float) : x);
   Tensor y = torch::stable::new_empty(input, shape, input.scalar_type());
-  if (y.numel() != 0) linear(input, quantization, weight, of_bias ? data<float>(*of_bias) : nullptr, y);
+  if (y.numel() != 0)
+    linear(input, quantization, weight, of_bias ? data<float>(*of_bias) : nullptr, y);
   return narrow ? torch::stable::to(y, ScalarType::Half) : y;
 }
 

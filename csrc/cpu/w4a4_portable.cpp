@@ -20,7 +20,8 @@ void dot(const uint8_t* tiles, int64_t block_bytes, int64_t steps, const int8_t*
         int32_t* to = sums + (i * BLOCKS + j) * 16;
         for (int row = 0; row < 16; ++row)
           for (int c = 0; c < 4; ++c)
-            to[row] += (tile[4 * row + c] & 15) * of_row[c] + (tile[4 * row + c] >> 4) * of_row[4 + c];
+            to[row] +=
+                (tile[4 * row + c] & 15) * of_row[c] + (tile[4 * row + c] >> 4) * of_row[4 + c];
       }
     }
 }

@@ -68,8 +68,8 @@ Weight read_prepacked(const char* op, const char* name, const uint8_t* bytes, in
          ", and the other arguments are for ", rows, " x ", columns);
   if (header.groups < 1 || header.groups > columns + (columns == 0) ||
       columns % header.groups != 0 || prepacked_bytes(rows, columns, header.groups) != count)
-    fail(op, ": ", name, " is damaged: ", count, " bytes do not hold ", rows, " x ", columns, " in ",
-         header.groups, " groups");
+    fail(op, ": ", name, " is damaged: ", count, " bytes do not hold ", rows, " x ", columns,
+         " in ", header.groups, " groups");
   check_sizes(std::string(op) + ": " + name, rows, columns, header.groups);
   return place(rows, columns, header.groups, bytes);
 }
@@ -105,7 +105,8 @@ void check_sizes(const std::string& what, int64_t rows, int64_t columns, int64_t
   if (rows >= MOST || columns >= MOST)
     fail(what, " has ", rows, " rows and ", columns, " columns: 2 ** 30 are too many");
   if (columns / groups > MOST_OF_A_GROUP)
-    fail(what, " has groups of ", columns / groups, " features: at most 2 ** 20 can be summed; use "
+    fail(what, " has groups of ", columns / groups,
+         " features: at most 2 ** 20 can be summed; use "
          "more groups");
 }
 

@@ -11,14 +11,14 @@ constexpr int DENSE_THREADS = 256, DENSE_COLUMNS = 64, DENSE_FEATURES = 16;
 template <class T>
 struct DenseLinear {
   using W = typename Wide<T>::type;
-  const T* x;               // [.., features]: row m of expert e is row_of[e * rows + m] of it,
-  const int32_t* row_of;    // or e * rows + m without row_of,
-  const int32_t* counts;    // for m < counts[e]
+  const T* x;             // [.., features]: row m of expert e is row_of[e * rows + m] of it,
+  const int32_t* row_of;  // or e * rows + m without row_of,
+  const int32_t* counts;  // for m < counts[e]
   int64_t rows, features;
-  const T* weight;          // [experts, outputs, features], with these strides in elements
+  const T* weight;  // [experts, outputs, features], with these strides in elements
   int64_t expert_stride, output_stride;
   int64_t outputs, experts;
-  W* y;                     // row e * rows + m, y_stride elements each
+  W* y;  // row e * rows + m, y_stride elements each
   int64_t y_stride;
 };
 
@@ -54,21 +54,18 @@ __global__ void __launch_bounds__(DENSE_THREADS) dense_linear_kernel(DenseLinear
     }
     __syncthreads();
     UNROLL
-    for (int i = 0; i < DENSE_FEATURES; ++i)
-      UNROLL
-      for (int m = 0; m < M; ++m)
-        UNROLL
-        for (int n = 0; n < N; ++n)
-          sums[m][n] = multiply_add(a[(at + 16 * m) * STRIDE + i], b[(c + 16 * n) * STRIDE + i],
-                                    sums[m][n]);
+    for (int i = 0; i < DENSE_FEATURES; ++i) UNROLL
+    for (int m = 0; m < M; ++m) UNROLL
+    for (int n = 0; n < N; ++n)
+      sums[m][n] =
+          multiply_add(a[(at + 16 * m) * STRIDE + i], b[(c + 16 * n) * STRIDE + i], sums[m][n]);
   }
   UNROLL
-  for (int m = 0; m < M; ++m)
-    UNROLL
-    for (int n = 0; n < N; ++n) {
-      const int64_t r = row + at + 16 * m, o = column + c + 16 * n;
-      if (r < count && o < p.outputs) p.y[(expert * p.rows + r) * p.y_stride + o] = sums[m][n];
-    }
+  for (int m = 0; m < M; ++m) UNROLL
+  for (int n = 0; n < N; ++n) {
+    const int64_t r = row + at + 16 * m, o = column + c + 16 * n;
+    if (r < count && o < p.outputs) p.y[(expert * p.rows + r) * p.y_stride + o] = sums[m][n];
+  }
 }
 
 template <class T>

@@ -55,13 +55,16 @@ enum class Activation : int32_t { silu, gelu, gelu_tanh, relu };
 template <class W>
 __device__ W activated(Activation activation, W x) {
   switch (activation) {
-    case Activation::silu: return x / (1 + exp_of(-x));
-    case Activation::gelu: return x * W(0.5) * (1 + erf_of(x * W(0.70710678118654752440)));
+    case Activation::silu:
+      return x / (1 + exp_of(-x));
+    case Activation::gelu:
+      return x * W(0.5) * (1 + erf_of(x * W(0.70710678118654752440)));
     case Activation::gelu_tanh: {
       const W inner = W(0.79788456080286535588) * (x + W(0.044715) * x * x * x);
       return W(0.5) * x * (1 + tanh_of(inner));
     }
-    default: return x < 0 ? W(0) : x;  // NaN stays NaN
+    default:
+      return x < 0 ? W(0) : x;  // NaN stays NaN
   }
 }
 

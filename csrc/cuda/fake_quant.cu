@@ -12,9 +12,8 @@ using namespace cuda;
 
 Tensor fake_quant_op(Tensor x, Tensor clip_high, Tensor clip_low, int64_t bits) {
   check_floating(x, "fake_quant: x");
-  const ClipArguments clips =
-      clips_of(x, clip_high, "fake_quant: clip_high", clip_low, "fake_quant: clip_low", bits,
-               "fake_quant: bits");
+  const ClipArguments clips = clips_of(x, clip_high, "fake_quant: clip_high", clip_low,
+                                       "fake_quant: clip_low", bits, "fake_quant: bits");
   const Device device(x);
   const Tensor from = as_contiguous(x);
   Tensor out = fresh(x);

@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(THREADS)
 template <class T>
 __global__ void __launch_bounds__(THREADS)
     fake_quant_backward_kernel(const T* gradient, const T* x, int64_t count,
-                               ClipArguments arguments, T* dx,
-                               typename Wide<T>::type* partial) {
+                               ClipArguments arguments, T* dx, typename Wide<T>::type* partial) {
   using W = typename Wide<T>::type;
   SHARED(W, memory, THREADS / WARP);
   const Clips<W> clips(arguments);

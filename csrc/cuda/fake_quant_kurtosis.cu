@@ -23,8 +23,8 @@ std::tuple<Tensor, Tensor> fake_quant_kurtosis_op(Tensor x, Tensor clip_high, Te
   by_kind(kind_of(x), [&](auto t) {
     using T = decltype(t);
     fake_quant_kurtosis<T>(data<T>(from), rows.count, rows.d, clips, eps,
-                           mutable_data<T>(quantized),
-                           mutable_data<typename Wide<T>::type>(out), device.stream());
+                           mutable_data<T>(quantized), mutable_data<typename Wide<T>::type>(out),
+                           device.stream());
   });
   check_launches("fake_quant_kurtosis");
   return {laid_out_as(x, quantized), out};
@@ -40,10 +40,9 @@ std::tuple<Tensor, Tensor, Tensor> fake_quant_kurtosis_backward_op(Tensor g_xhat
   check_device(g_k, "fake_quant_kurtosis_backward: g_k", x);
   check_dtype(g_k, "fake_quant_kurtosis_backward: g_k", {wide_type(x)});
   check_row_numbers(g_k, "fake_quant_kurtosis_backward: g_k", rows);
-  const ClipArguments clips =
-      clips_of(x, clip_high, "fake_quant_kurtosis_backward: clip_high", clip_low,
-               "fake_quant_kurtosis_backward: clip_low", bits,
-               "fake_quant_kurtosis_backward: bits");
+  const ClipArguments clips = clips_of(x, clip_high, "fake_quant_kurtosis_backward: clip_high",
+                                       clip_low, "fake_quant_kurtosis_backward: clip_low", bits,
+                                       "fake_quant_kurtosis_backward: bits");
   const Device device(x);
   const Tensor from = as_contiguous(x), g = as_contiguous(g_xhat), h = as_contiguous(g_k);
   Tensor dx = fresh(x), d_high = fresh(clip_high), d_low = fresh(clip_low);
@@ -52,8 +51,8 @@ std::tuple<Tensor, Tensor, Tensor> fake_quant_kurtosis_backward_op(Tensor g_xhat
     using T = decltype(t);
     using W = typename Wide<T>::type;
     fake_quant_kurtosis_backward<T>(data<T>(g), data<W>(h), data<T>(from), rows.count, rows.d,
-                                    clips, eps, mutable_data<T>(dx), output(d_high),
-                                    output(d_low), mutable_data<W>(partial), device.stream());
+                                    clips, eps, mutable_data<T>(dx), output(d_high), output(d_low),
+                                    mutable_data<W>(partial), device.stream());
   });
   check_launches("fake_quant_kurtosis_backward");
   return {laid_out_as(x, dx), d_high, d_low};

@@ -29,15 +29,14 @@ __device__ bool aligned(const T* at, int64_t stride) {
 template <class T, int ROWS>
 __global__ void __launch_bounds__(HALF_THREADS) half_linear_kernel(DenseLinear<T> p) {
   constexpr int M = ROWS / 16, N = 2;
-  SHARED(uint8_t, a, ROWS * TILE_STRIDE);
-  SHARED(uint8_t, b, DENSE_COLUMNS * TILE_STRIDE);
+  SHARED(uint8_t, a, (ROWS * TILE_STRIDE));
+  SHARED(uint8_t, b, (DENSE_COLUMNS * TILE_STRIDE));
   const int64_t across = ceil_div(p.outputs, DENSE_COLUMNS);
   const int64_t expert = blockIdx.z, count = p.counts[expert];
   const int64_t row = blockIdx.x / across * ROWS, column = blockIdx.x % across * DENSE_COLUMNS;
   if (row >= count) return;  // the whole block
   const uint16_t* x = reinterpret_cast<const uint16_t*>(p.x);
-  const uint16_t* weight =
-      reinterpret_cast<const uint16_t*>(p.weight) + expert * p.expert_stride;
+  const uint16_t* weight = reinterpret_cast<const uint16_t*>(p.weight) + expert * p.expert_stride;
   const bool vectors_a = aligned(x, p.features), vectors_b = aligned(weight, p.output_stride);
   const int warp = threadIdx.x / WARP, r = threadIdx.x % WARP / 4, c = threadIdx.x % 4 * 4;
 
@@ -71,10 +70,8 @@ __global__ void __launch_bounds__(HALF_THREADS) half_linear_kernel(DenseLinear<T
     for (int step = 0; step < TILE_BYTES; step += 32) {
       uint32_t right[N][2];
       UNROLL
-      for (int n = 0; n < N; ++n)
-        UNROLL
-        for (int i = 0; i < 2; ++i)
-          right[n][i] = word(b, (warp * N + n) * 8 + r, step + c + 16 * i);
+      for (int n = 0; n < N; ++n) UNROLL
+      for (int i = 0; i < 2; ++i) right[n][i] = word(b, (warp * N + n) * 8 + r, step + c + 16 * i);
       UNROLL
       for (int m = 0; m < M; ++m) {
         uint32_t left[4];
@@ -87,16 +84,13 @@ __global__ void __launch_bounds__(HALF_THREADS) half_linear_kernel(DenseLinear<T
     }
   }
   UNROLL
-  for (int m = 0; m < M; ++m)
-    UNROLL
-    for (int n = 0; n < N; ++n)
-      UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int64_t t = row + m * 16 + r + i / 2 * 8;
-        const int64_t o = column + (warp * N + n) * 8 + c / 2 + i % 2;
-        if (t < count && o < p.outputs)
-          p.y[(expert * p.rows + t) * p.y_stride + o] = sums[m][n][i];
-      }
+  for (int m = 0; m < M; ++m) UNROLL
+  for (int n = 0; n < N; ++n) UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int64_t t = row + m * 16 + r + i / 2 * 8;
+    const int64_t o = column + (warp * N + n) * 8 + c / 2 + i % 2;
+    if (t < count && o < p.outputs) p.y[(expert * p.rows + t) * p.y_stride + o] = sums[m][n][i];
+  }
 }
 
 // By tensor cores where they have the precision of T.

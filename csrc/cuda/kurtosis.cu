@@ -16,8 +16,8 @@ Tensor kurtosis_op(Tensor y, double eps) {
   Tensor out = torch::stable::new_empty(y, rows.shape, wide_type(y));
   by_kind(kind_of(y), [&](auto t) {
     using T = decltype(t);
-    kurtosis<T>(data<T>(from), rows.count, rows.d, eps,
-                mutable_data<typename Wide<T>::type>(out), device.stream());
+    kurtosis<T>(data<T>(from), rows.count, rows.d, eps, mutable_data<typename Wide<T>::type>(out),
+                device.stream());
   });
   check_launches("kurtosis");
   return out;

@@ -82,8 +82,8 @@ template <class T, class W = typename Wide<T>::type>
 void kurtosis_backward(const W* gradient, const T* y, int64_t rows, int64_t d, double eps, T* dy,
                        cudaStream_t stream) {
   if (rows == 0 || d == 0) return;
-  const auto kernel = short_rows(d) ? kurtosis_backward_kernel<T, WARP>
-                                    : kurtosis_backward_kernel<T, ROW_THREADS>;
+  const auto kernel =
+      short_rows(d) ? kurtosis_backward_kernel<T, WARP> : kurtosis_backward_kernel<T, ROW_THREADS>;
   const dim3 threads(short_rows(d) ? WARP : ROW_THREADS);
   LAUNCH(kernel, dim3(rows), threads, stream, gradient, y, d, eps, dy);
 }

@@ -71,10 +71,14 @@ inline void check_floating(const Tensor& tensor, const char* what) {
 
 inline Kind kind_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Double: return Kind::f64;
-    case ScalarType::Half: return Kind::f16;
-    case ScalarType::BFloat16: return Kind::bf16;
-    default: return Kind::f32;
+    case ScalarType::Double:
+      return Kind::f64;
+    case ScalarType::Half:
+      return Kind::f16;
+    case ScalarType::BFloat16:
+      return Kind::bf16;
+    default:
+      return Kind::f32;
   }
 }
 

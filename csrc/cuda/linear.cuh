@@ -17,18 +17,18 @@ constexpr int LINEAR_THREADS = 128;
 
 struct Linear {
   // Of the input.
-  const uint8_t* codes;   // [rows, code_stride]: int4 as weights are stored, or int8
-  int64_t code_stride;    // in bytes, a multiple of 16
-  const float* scale;     // [rows]
-  Floats zero;            // one element, or null: 0
+  const uint8_t* codes;  // [rows, code_stride]: int4 as weights are stored, or int8
+  int64_t code_stride;   // in bytes, a multiple of 16
+  const float* scale;    // [rows]
+  Floats zero;           // one element, or null: 0
   int64_t rows;
   // Of the weight; expert e begins at its output e * outputs.
   const uint8_t* weight;  // [experts * outputs, weight_stride]
   int64_t weight_stride;
-  Floats weight_scale;    // [experts * outputs, groups]
-  Floats bias;            // [outputs], or null
+  Floats weight_scale;  // [experts * outputs, groups]
+  Floats bias;          // [outputs], or null
   int64_t outputs, features, groups;
-  Output y{};             // [rows, outputs]
+  Output y{};  // [rows, outputs]
   // With experts: row m of expert e is row_of[e * rows + m] of the input, for m < counts[e]; its
   // output is row e * rows + m of y. Without row_of, its input is that row too.
   int64_t experts = 1;
@@ -39,8 +39,10 @@ struct Linear {
 // int4 with 64 features an instruction, int8 with 32: both are 32 bytes of a tile.
 template <int BITS>
 __device__ void mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (BITS == 4) mma_s4(d, a, b);
-  else mma_s8(d, a, b);
+  if constexpr (BITS == 4)
+    mma_s4(d, a, b);
+  else
+    mma_s8(d, a, b);
 }
 
 template <int ROWS, int N, int BITS>
@@ -85,10 +87,8 @@ struct LinearBlock {
     for (int step = 0; step < TILE_BYTES && step * 8 / BITS < features; step += 32) {
       uint32_t right[N][2];
       UNROLL
-      for (int n = 0; n < N; ++n)
-        UNROLL
-        for (int i = 0; i < 2; ++i)
-          right[n][i] = word(b, (warp * N + n) * 8 + r, step + c + 16 * i);
+      for (int n = 0; n < N; ++n) UNROLL
+      for (int i = 0; i < 2; ++i) right[n][i] = word(b, (warp * N + n) * 8 + r, step + c + 16 * i);
       UNROLL
       for (int m = 0; m < M; ++m) {
         uint32_t left[4];
@@ -98,9 +98,8 @@ struct LinearBlock {
         UNROLL
         for (int n = 0; n < N; ++n) mma<BITS>(sums[m][n], left, right[n]);
       }
-      if (p.zero.data)
-        UNROLL
-        for (int n = 0; n < N; ++n) mma<BITS>(ones[n], all_one, right[n]);
+      if (p.zero.data) UNROLL
+      for (int n = 0; n < N; ++n) mma<BITS>(ones[n], all_one, right[n]);
     }
   }
 
@@ -109,23 +108,21 @@ struct LinearBlock {
   __device__ void each(F f) const {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     UNROLL
-    for (int m = 0; m < M; ++m)
-      UNROLL
-      for (int n = 0; n < N; ++n)
-        UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int64_t t = row + m * 16 + lane / 4 + i / 2 * 8;
-          const int64_t o = column + (warp * N + n) * 8 + lane % 4 * 2 + i % 2;
-          if (t < count && o < p.outputs) f(m, n, i, t, o);
-        }
+    for (int m = 0; m < M; ++m) UNROLL
+    for (int n = 0; n < N; ++n) UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int64_t t = row + m * 16 + lane / 4 + i / 2 * 8;
+      const int64_t o = column + (warp * N + n) * 8 + lane % 4 * 2 + i % 2;
+      if (t < count && o < p.outputs) f(m, n, i, t, o);
+    }
   }
 };
 
 template <int ROWS, int N, int BITS>
 __global__ void __launch_bounds__(LINEAR_THREADS) linear_kernel(Linear p) {
   using Block = LinearBlock<ROWS, N, BITS>;
-  SHARED(uint8_t, a, ROWS * TILE_STRIDE);
-  SHARED(uint8_t, b, Block::COLUMNS * TILE_STRIDE);
+  SHARED(uint8_t, a, (ROWS * TILE_STRIDE));
+  SHARED(uint8_t, b, (Block::COLUMNS * TILE_STRIDE));
   const int64_t across = ceil_div(p.outputs, Block::COLUMNS), size = p.features / p.groups;
   const int64_t expert = blockIdx.z, count = p.counts ? p.counts[expert] : p.rows;
   const int64_t row = blockIdx.x / across * ROWS, column = blockIdx.x % across * Block::COLUMNS;

@@ -21,10 +21,14 @@ struct Floats {
   template <class T>
   __device__ T get(int64_t i) const {
     switch (kind) {
-      case Kind::f64: return static_cast<T>(static_cast<const double*>(data)[i]);
-      case Kind::f16: return static_cast<float>(static_cast<const half*>(data)[i]);
-      case Kind::bf16: return static_cast<float>(static_cast<const cuda::bf16*>(data)[i]);
-      default: return static_cast<const float*>(data)[i];
+      case Kind::f64:
+        return static_cast<T>(static_cast<const double*>(data)[i]);
+      case Kind::f16:
+        return static_cast<float>(static_cast<const half*>(data)[i]);
+      case Kind::bf16:
+        return static_cast<float>(static_cast<const cuda::bf16*>(data)[i]);
+      default:
+        return static_cast<const float*>(data)[i];
     }
   }
 
@@ -38,10 +42,17 @@ struct Output {
   template <class T>
   __device__ void set(int64_t i, T value) const {
     switch (kind) {
-      case Kind::f64: static_cast<double*>(data)[i] = value; break;
-      case Kind::f16: static_cast<half*>(data)[i] = static_cast<float>(value); break;
-      case Kind::bf16: static_cast<cuda::bf16*>(data)[i] = static_cast<float>(value); break;
-      default: static_cast<float*>(data)[i] = static_cast<float>(value);
+      case Kind::f64:
+        static_cast<double*>(data)[i] = value;
+        break;
+      case Kind::f16:
+        static_cast<half*>(data)[i] = static_cast<float>(value);
+        break;
+      case Kind::bf16:
+        static_cast<cuda::bf16*>(data)[i] = static_cast<float>(value);
+        break;
+      default:
+        static_cast<float*>(data)[i] = static_cast<float>(value);
     }
   }
 };
@@ -61,10 +72,14 @@ struct Wide<double> {
 template <class F>
 void by_kind(Kind kind, F f) {
   switch (kind) {
-    case Kind::f64: return f(double());
-    case Kind::f16: return f(half());
-    case Kind::bf16: return f(bf16());
-    default: return f(float());
+    case Kind::f64:
+      return f(double());
+    case Kind::f16:
+      return f(half());
+    case Kind::bf16:
+      return f(bf16());
+    default:
+      return f(float());
   }
 }
 

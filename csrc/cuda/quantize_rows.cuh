@@ -8,15 +8,15 @@ namespace torch_plugins::cuda {
 constexpr int QUANTIZE_THREADS = 256;
 
 struct QuantizeRows {
-  Floats x;              // [rows, columns]
+  Floats x;  // [rows, columns]
   int64_t columns;
   int input_bits;
-  Floats given_scale;    // one element, or null: 2 max|x| / (2 ** bits - 1) of each row
-  Floats zero;           // one element, or null: 0
-  uint8_t* codes;        // [rows, stride]; columns beyond the last: code 0
-  int64_t stride;        // in bytes, a multiple of 16
-  float* scale;          // [rows]; NaN where an element is
-  int64_t first = 0;     // the element of x where the first row begins
+  Floats given_scale;  // one element, or null: 2 max|x| / (2 ** bits - 1) of each row
+  Floats zero;         // one element, or null: 0
+  uint8_t* codes;      // [rows, stride]; columns beyond the last: code 0
+  int64_t stride;      // in bytes, a multiple of 16
+  float* scale;        // [rows]; NaN where an element is
+  int64_t first = 0;   // the element of x where the first row begins
   // With experts: only counts[e] of the rows_of_each rows of expert e.
   const int32_t* counts = nullptr;
   int64_t rows_of_each = 1;

@@ -155,8 +155,9 @@ Tensor w4a4_sparse_moe_op(Tensor x, Tensor scores, Tensor kept, Tensor gate_up,
   weights.int4 = input_bits <= 4 && device.has_int4();
   Tensor y = empty(x, {x.size(0), down.size(1)}, x.scalar_type());
   Memory memory(x);
-  w4a4_sparse_moe(mixture_of(from, s, k, width, gated, function, y), weights,
-                  [&](int64_t bytes) { return memory(bytes); }, device.stream());
+  w4a4_sparse_moe(
+      mixture_of(from, s, k, width, gated, function, y), weights,
+      [&](int64_t bytes) { return memory(bytes); }, device.stream());
   check_launches("w4a4_sparse_moe");
   return y;
 }

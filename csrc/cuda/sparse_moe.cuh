@@ -18,7 +18,7 @@ struct Mixture {
   int64_t tokens, hidden, experts, width, outputs;
   bool gated;
   Activation activation;
-  Output y;          // [tokens, outputs]
+  Output y;  // [tokens, outputs]
 
   int64_t inner() const { return gated ? 2 * width : width; }
 
@@ -95,19 +95,21 @@ void sparse_moe(const Mixture& p, const DenseExperts<T>& of, Allocate allocate,
   T* h = scratch.template of<T>(all * p.width);
   W* parts = scratch.template of<W>(all * p.outputs);
   const T* x = static_cast<const T*>(p.x.data);
-  each_part<W>(p, most, scratch, parts, stream, [&](int64_t first, int64_t tokens,
-                                                    ExpertRows rows) {
-    const T* of_part = x + first * p.hidden;
-    const auto enter = [&](const T* weight, const int64_t (&strides)[2], W* y) {
-      experts_linear<T>({of_part, rows.row_of, rows.counts, tokens, p.hidden, weight, strides[0],
-                         strides[1], p.width, p.experts, y, p.inner()}, stream);
-    };
-    if (p.gated) enter(of.gate, of.gate_strides, inner);
-    enter(of.up, of.up_strides, inner + (p.gated ? p.width : 0));
-    activate(p, tokens, inner, rows, h, stream);
-    experts_linear<T>({h, nullptr, rows.counts, tokens, p.width, of.down, of.down_strides[0],
-                       of.down_strides[1], p.outputs, p.experts, parts, p.outputs}, stream);
-  });
+  each_part<W>(
+      p, most, scratch, parts, stream, [&](int64_t first, int64_t tokens, ExpertRows rows) {
+        const T* of_part = x + first * p.hidden;
+        const auto enter = [&](const T* weight, const int64_t (&strides)[2], W* y) {
+          experts_linear<T>({of_part, rows.row_of, rows.counts, tokens, p.hidden, weight,
+                             strides[0], strides[1], p.width, p.experts, y, p.inner()},
+                            stream);
+        };
+        if (p.gated) enter(of.gate, of.gate_strides, inner);
+        enter(of.up, of.up_strides, inner + (p.gated ? p.width : 0));
+        activate(p, tokens, inner, rows, h, stream);
+        experts_linear<T>({h, nullptr, rows.counts, tokens, p.width, of.down, of.down_strides[0],
+                           of.down_strides[1], p.outputs, p.experts, parts, p.outputs},
+                          stream);
+      });
 }
 
 template <class Allocate>
@@ -124,33 +126,33 @@ void w4a4_sparse_moe(const Mixture& p, const Int4Experts& of, Allocate allocate,
   uint8_t* h_codes = scratch.template of<uint8_t>(all * h_stride);
   float *x_scale = scratch.template of<float>(most), *h_scale = scratch.template of<float>(all);
 
-  each_part<float>(p, most, scratch, parts, stream, [&](int64_t first, int64_t tokens,
-                                                        ExpertRows rows) {
-    QuantizeRows quantize{p.x, p.hidden, of.input_bits, {}, {}, x_codes, x_stride, x_scale};
-    quantize.first = first * p.hidden;
-    quantize_rows(quantize, tokens, of.int4, stream);
-    Linear linear_of;
-    linear_of.rows = tokens, linear_of.experts = p.experts, linear_of.counts = rows.counts;
-    linear_of.codes = x_codes, linear_of.code_stride = x_stride, linear_of.scale = x_scale;
-    linear_of.row_of = rows.row_of;
-    linear_of.weight = of.gate_up, linear_of.weight_stride = (p.hidden + 1) / 2;
-    linear_of.weight_scale = of.gate_up_scale, linear_of.groups = of.gate_up_groups;
-    linear_of.features = p.hidden, linear_of.outputs = p.inner();
-    linear_of.y = {inner, Kind::f32};
-    linear(linear_of, of.int4, stream);
-    activate(p, tokens, inner, rows, h, stream);
+  each_part<float>(
+      p, most, scratch, parts, stream, [&](int64_t first, int64_t tokens, ExpertRows rows) {
+        QuantizeRows quantize{p.x, p.hidden, of.input_bits, {}, {}, x_codes, x_stride, x_scale};
+        quantize.first = first * p.hidden;
+        quantize_rows(quantize, tokens, of.int4, stream);
+        Linear linear_of;
+        linear_of.rows = tokens, linear_of.experts = p.experts, linear_of.counts = rows.counts;
+        linear_of.codes = x_codes, linear_of.code_stride = x_stride, linear_of.scale = x_scale;
+        linear_of.row_of = rows.row_of;
+        linear_of.weight = of.gate_up, linear_of.weight_stride = (p.hidden + 1) / 2;
+        linear_of.weight_scale = of.gate_up_scale, linear_of.groups = of.gate_up_groups;
+        linear_of.features = p.hidden, linear_of.outputs = p.inner();
+        linear_of.y = {inner, Kind::f32};
+        linear(linear_of, of.int4, stream);
+        activate(p, tokens, inner, rows, h, stream);
 
-    quantize = {{h, Kind::f32}, p.width, of.input_bits, {}, {}, h_codes, h_stride, h_scale};
-    quantize.counts = rows.counts, quantize.rows_of_each = tokens;
-    quantize_rows(quantize, p.experts * tokens, of.int4, stream);
-    linear_of.codes = h_codes, linear_of.code_stride = h_stride, linear_of.scale = h_scale;
-    linear_of.row_of = nullptr;
-    linear_of.weight = of.down, linear_of.weight_stride = (p.width + 1) / 2;
-    linear_of.weight_scale = of.down_scale, linear_of.groups = of.down_groups;
-    linear_of.features = p.width, linear_of.outputs = p.outputs;
-    linear_of.y = {parts, Kind::f32};
-    linear(linear_of, of.int4, stream);
-  });
+        quantize = {{h, Kind::f32}, p.width, of.input_bits, {}, {}, h_codes, h_stride, h_scale};
+        quantize.counts = rows.counts, quantize.rows_of_each = tokens;
+        quantize_rows(quantize, p.experts * tokens, of.int4, stream);
+        linear_of.codes = h_codes, linear_of.code_stride = h_stride, linear_of.scale = h_scale;
+        linear_of.row_of = nullptr;
+        linear_of.weight = of.down, linear_of.weight_stride = (p.width + 1) / 2;
+        linear_of.weight_scale = of.down_scale, linear_of.groups = of.down_groups;
+        linear_of.features = p.width, linear_of.outputs = p.outputs;
+        linear_of.y = {parts, Kind::f32};
+        linear(linear_of, of.int4, stream);
+      });
 }
 
 }  // namespace torch_plugins::cuda

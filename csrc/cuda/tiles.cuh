@@ -104,8 +104,8 @@ struct TilesUnderWay {
     UNROLL
     for (int j = 0; j < EACH; ++j) {
       const int i = threadIdx.x + j * THREADS, row = i / PARTS, part = i % PARTS;
-      uint8_t* to = row < ROWS ? of_input + row * TILE_STRIDE
-                               : of_weight + (row - ROWS) * TILE_STRIDE;
+      uint8_t* to =
+          row < ROWS ? of_input + row * TILE_STRIDE : of_weight + (row - ROWS) * TILE_STRIDE;
       if (i < ALL) *reinterpret_cast<uint4*>(to + part * 16) = held[j];
     }
   }

@@ -67,8 +67,13 @@ Tensor w4a4_linear(Tensor x, Tensor weight, Tensor weight_scale, std::optional<T
   if (bias) bias = as_contiguous(*bias);
   Tensor codes = empty(x, {rows, stride}, ScalarType::Byte);
   Tensor scale = empty(x, {rows}, ScalarType::Float);
-  QuantizeRows quantize{floats(from), features, static_cast<int>(input_bits), floats(input_scale),
-                        floats(input_zero_point), mutable_data<uint8_t>(codes), stride,
+  QuantizeRows quantize{floats(from),
+                        features,
+                        static_cast<int>(input_bits),
+                        floats(input_scale),
+                        floats(input_zero_point),
+                        mutable_data<uint8_t>(codes),
+                        stride,
                         mutable_data<float>(scale)};
   quantize_rows(quantize, rows, int4, stream);
 

@@ -20,8 +20,9 @@ std::vector<float> normal(int64_t count) {
   return out;
 }
 
-std::vector<float> product(const Kernels& kernels, const std::vector<float>& x, const Weight& weight,
-                           const Quantization& how, int64_t rows, const float* bias) {
+std::vector<float> product(const Kernels& kernels, const std::vector<float>& x,
+                           const Weight& weight, const Quantization& how, int64_t rows,
+                           const float* bias) {
   const QuantizedRows inputs(kernels, rows, how);
   kernels.quantize(x.data(), how.columns, how, 0, rows, inputs.codes);
   std::vector<float> y(rows * weight.rows);
@@ -30,12 +31,16 @@ std::vector<float> product(const Kernels& kernels, const std::vector<float>& x, 
 }
 
 int linear(int64_t rows, int64_t outputs, int64_t columns, int64_t groups, int bits, bool fixed) {
-  std::vector<uint8_t> plain(outputs * ((columns + 1) / 2)), packed(prepacked_bytes(outputs, columns, groups));
+  std::vector<uint8_t> plain(outputs * ((columns + 1) / 2)),
+      packed(prepacked_bytes(outputs, columns, groups));
   for (uint8_t& byte : plain) byte = static_cast<uint8_t>(generator());
-  const std::vector<float> scales = normal(outputs * groups), x = normal(rows * columns), bias = normal(outputs);
+  const std::vector<float> scales = normal(outputs * groups), x = normal(rows * columns),
+                           bias = normal(outputs);
   write_header(outputs, columns, groups, packed.data());
-  write_blocks(plain.data(), scales.data(), outputs, columns, groups, 0, (outputs + BLOCK - 1) / BLOCK, packed.data());
-  const Weight weight = read_prepacked("test", "weight", packed.data(), packed.size(), outputs, columns);
+  write_blocks(plain.data(), scales.data(), outputs, columns, groups, 0,
+               (outputs + BLOCK - 1) / BLOCK, packed.data());
+  const Weight weight =
+      read_prepacked("test", "weight", packed.data(), packed.size(), outputs, columns);
   const Quantization how{columns, groups, bits, fixed, 0.3f, fixed ? 1.4f : 0.0f};
   const auto a = product(w4a4_neon(), x, weight, how, rows, bias.data());
   const auto b = product(w4a4_portable(), x, weight, how, rows, bias.data());
@@ -45,9 +50,12 @@ int linear(int64_t rows, int64_t outputs, int64_t columns, int64_t groups, int b
 int experts(int64_t rows, int64_t outputs, int64_t count) {
   const std::vector<float> x = normal(rows * count), w = normal(outputs * count);
   std::vector<float> a(rows * outputs), b(rows * outputs);
-  experts_neon().products(x.data(), count, rows, w.data(), count, outputs, count, a.data(), outputs);
-  experts_portable().products(x.data(), count, rows, w.data(), count, outputs, count, b.data(), outputs);
-  for (Activation kind : {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu}) {
+  experts_neon().products(x.data(), count, rows, w.data(), count, outputs, count, a.data(),
+                          outputs);
+  experts_portable().products(x.data(), count, rows, w.data(), count, outputs, count, b.data(),
+                              outputs);
+  for (Activation kind :
+       {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu}) {
     experts_neon().activate(kind, a.data(), nullptr, a.size());
     experts_portable().activate(kind, b.data(), nullptr, b.size());
   }

@@ -152,8 +152,8 @@ BROKEN = {
     "one row too many": ("linear.cuh", "if (m >= count ||", "if (m > count ||"),
     "a tile longer than its memory": (
         "linear.cuh",
-        "SHARED(uint8_t, b, Block::COLUMNS * TILE_STRIDE);",
-        "SHARED(uint8_t, b, Block::COLUMNS * TILE_STRIDE - 17);",
+        "SHARED(uint8_t, b, (Block::COLUMNS * TILE_STRIDE));",
+        "SHARED(uint8_t, b, (Block::COLUMNS * TILE_STRIDE - 17));",
     ),
     "no mask behind a group": ("tiles.cuh", "k + i < end; ++i) {", "k + i < end + 8; ++i) {"),
     "another layout of fragments": (

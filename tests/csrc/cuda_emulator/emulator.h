@@ -220,8 +220,8 @@ inline void run_block(Block& block) {
   std::vector<Thread*> all;
   for (unsigned i = 0; i < count; ++i) {
     Thread& thread = block.threads[i];
-    thread.index = dim3(i % block.size.x, i / block.size.x % block.size.y,
-                        i / (block.size.x * block.size.y));
+    thread.index =
+        dim3(i % block.size.x, i / block.size.x % block.size.y, i / (block.size.x * block.size.y));
     thread.lane = i % WARP;
     thread.warp = &block.warps[i / WARP];
     prepare(thread.context, stacks[i].get());

@@ -40,8 +40,8 @@ void w4a4_linear(emulator::Case& c) {
   std::unique_ptr<float[]> scale(new float[rows]);
   emulator::rubbish(codes.get(), rows * stride);
   emulator::rubbish(scale.get(), 4 * rows);
-  QuantizeRows quantize{floats(c, 0, 0), features, bits, floats(c, 3, 1), floats(c, 4, 1),
-                        codes.get(), stride, scale.get()};
+  QuantizeRows quantize{floats(c, 0, 0), features,    bits,   floats(c, 3, 1),
+                        floats(c, 4, 1), codes.get(), stride, scale.get()};
   quantize_rows(quantize, rows, int4, nullptr);
   Linear p{};
   p.codes = codes.get(), p.code_stride = stride, p.scale = scale.get();

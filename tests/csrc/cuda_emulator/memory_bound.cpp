@@ -77,10 +77,10 @@ void run_both_backward(emulator::Case& c) {
     using T = decltype(t);
     using W = typename Wide<T>::type;
     const auto partial = scratch<W>(3 * blocks_for(c.numbers[2]));
-    fake_quant_kurtosis_backward<T>(
-        c.buffer<T>(0), c.buffer<W>(1), c.buffer<T>(2), c.numbers[2], c.numbers[3],
-        clips(c, 3, c.numbers[4]), c.reals[0], c.buffer<T>(5), {c.buffer<char>(6), kind(c, 1)},
-        {c.buffer<char>(7), kind(c, 1)}, partial.get(), nullptr);
+    fake_quant_kurtosis_backward<T>(c.buffer<T>(0), c.buffer<W>(1), c.buffer<T>(2), c.numbers[2],
+                                    c.numbers[3], clips(c, 3, c.numbers[4]), c.reals[0],
+                                    c.buffer<T>(5), {c.buffer<char>(6), kind(c, 1)},
+                                    {c.buffer<char>(7), kind(c, 1)}, partial.get(), nullptr);
   });
 }
 
@@ -89,8 +89,8 @@ void run_add_norm(emulator::Case& c) {
   by_kind(kind(c, 0), [&](auto t) {
     using T = decltype(t);
     residual_add_rms_norm<T>(c.buffer<T>(0), c.buffer<T>(1), {c.buffer<char>(2), kind(c, 1)},
-                             c.numbers[2], c.numbers[3], c.reals[0], c.buffer<T>(3),
-                             c.buffer<T>(4), c.buffer<typename Wide<T>::type>(5), nullptr);
+                             c.numbers[2], c.numbers[3], c.reals[0], c.buffer<T>(3), c.buffer<T>(4),
+                             c.buffer<typename Wide<T>::type>(5), nullptr);
   });
 }
 
@@ -101,10 +101,17 @@ void run_add_norm_backward(emulator::Case& c) {
     using W = typename Wide<T>::type;
     const int64_t rows = c.numbers[2], d = c.numbers[3], splits = weight_splits(rows);
     const auto partial = scratch<W>(splits * d);
-    const AddNormBackward<T> p{c.buffer<T>(0), c.buffer<T>(1),  c.buffer<T>(2),
-                               c.buffer<W>(3), {c.buffer<char>(4), kind(c, 1)},
-                               rows,           d,               c.buffer<T>(5),
-                               {c.buffer<char>(6), kind(c, 1)}, partial.get(), splits};
+    const AddNormBackward<T> p{c.buffer<T>(0),
+                               c.buffer<T>(1),
+                               c.buffer<T>(2),
+                               c.buffer<W>(3),
+                               {c.buffer<char>(4), kind(c, 1)},
+                               rows,
+                               d,
+                               c.buffer<T>(5),
+                               {c.buffer<char>(6), kind(c, 1)},
+                               partial.get(),
+                               splits};
     residual_add_rms_norm_backward(p, nullptr);
   });
 }

@@ -37,12 +37,9 @@ void run_sparse_moe(emulator::Case& c) {
   by_kind(p.x.kind, [&](auto t) {
     using T = decltype(t);
     const int64_t rows = p.width * p.hidden;
-    const DenseExperts<T> experts{c.buffer<T>(3),
-                                  c.buffer<T>(4),
-                                  c.buffer<T>(5),
-                                  {rows, p.hidden},
-                                  {rows, p.hidden},
-                                  {c.numbers.at(9), c.numbers.at(10)}};
+    const DenseExperts<T> experts{c.buffer<T>(3),   c.buffer<T>(4),
+                                  c.buffer<T>(5),   {rows, p.hidden},
+                                  {rows, p.hidden}, {c.numbers.at(9), c.numbers.at(10)}};
     Memory memory;
     sparse_moe<T>(p, experts, [&](int64_t bytes) { return memory(bytes); }, nullptr);
   });
@@ -54,8 +51,13 @@ void run_w4a4_sparse_moe(emulator::Case& c) {
   const Mixture p = mixture(c);
   const auto& n = c.numbers;
   const Kind kind = static_cast<Kind>(n.at(9));
-  const Int4Experts experts{c.buffer<uint8_t>(3), c.buffer<uint8_t>(5),   {c.buffer<char>(4), kind},
-                            {c.buffer<char>(6), kind}, n.at(10), n.at(11), int(n.at(12)),
+  const Int4Experts experts{c.buffer<uint8_t>(3),
+                            c.buffer<uint8_t>(5),
+                            {c.buffer<char>(4), kind},
+                            {c.buffer<char>(6), kind},
+                            n.at(10),
+                            n.at(11),
+                            int(n.at(12)),
                             n.at(13) == 4};
   Memory memory;
   w4a4_sparse_moe(p, experts, [&](int64_t bytes) { return memory(bytes); }, nullptr);
@@ -64,6 +66,6 @@ void run_w4a4_sparse_moe(emulator::Case& c) {
 }  // namespace
 
 int main() {
-  return emulator::serve({{"sparse_moe", run_sparse_moe},
-                          {"w4a4_sparse_moe", run_w4a4_sparse_moe}});
+  return emulator::serve(
+      {{"sparse_moe", run_sparse_moe}, {"w4a4_sparse_moe", run_w4a4_sparse_moe}});
 }
