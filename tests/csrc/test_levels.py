@@ -25,12 +25,14 @@ FLAGS = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -D
 
 
 def run(level, **environment):
-    """The tests of all operators in another process, at one level."""
+    """The tests of all operators in another process, at one level; it shares them with nobody."""
+    environment |= {"TORCH_PLUGINS_CPU": level, "EXAMPLES": "24"}
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, *OPERATORS, "-k", ALIKE],
         cwd=ROOT,
-        env=os.environ | {"TORCH_PLUGINS_CPU": level, "EXAMPLES": "24"} | environment,
+        env=alone | environment,
         capture_output=True,
         text=True,
     )
