@@ -16,9 +16,6 @@ struct ExpertKernels {
   void (*products_bf16)(const float* x, int64_t x_stride, int64_t rows, const uint16_t* w,
                         int64_t w_stride, int64_t outputs, int64_t count, float* y,
                         int64_t y_stride);
-  // bf16 to fp32, and back.
-  void (*widen)(const uint16_t* from, int64_t count, float* to);
-  void (*narrow)(const float* from, int64_t count, uint16_t* to);
 };
 
 const ExpertKernels& experts_portable();

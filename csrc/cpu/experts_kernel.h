@@ -78,21 +78,7 @@ void products_bf16(const float* x, int64_t x_stride, int64_t rows, const uint16_
            y_stride);
 }
 
-void widen(const uint16_t* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += WIDTH) {
-    const int64_t left = count - i < WIDTH ? count - i : WIDTH;
-    store(to + i, load(reinterpret_cast<const bf16*>(from) + i, left), left);
-  }
-}
-
-void narrow(const float* from, int64_t count, uint16_t* to) {
-  for (int64_t i = 0; i < count; i += WIDTH) {
-    const int64_t left = count - i < WIDTH ? count - i : WIDTH;
-    store(reinterpret_cast<bf16*>(to) + i, load(from + i, left), left);
-  }
-}
-
-constexpr ExpertKernels EXPERT_KERNELS{activate_all, products<float>, products_bf16, widen, narrow};
+constexpr ExpertKernels EXPERT_KERNELS{activate_all, products<float>, products_bf16};
 
 }  // namespace
 }  // namespace torch_plugins

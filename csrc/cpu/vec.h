@@ -124,11 +124,5 @@ INLINE float sum(Floats x) {
   return (all[0] + all[2]) + (all[1] + all[3]);
 }
 
-INLINE float largest(Floats x) {
-  float out = x[0];
-  for (int i = 1; i < WIDTH; ++i) out = x[i] > out ? x[i] : out;
-  return out;
-}
-
 }  // namespace
 }  // namespace torch_plugins
