@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from experiment_arms import INNER, RESIDUAL, Settings, sequences
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from torch_plugins.config import W4A4
 from torch_plugins.ops.kurtosis import kurtosis
@@ -92,9 +93,12 @@ def weights_of(model: nn.Module) -> dict[str, dict[str, float]]:
 
 @torch.no_grad()
 def loss_of(model: Any, ids: Tensor) -> float:
-    """Nats per token."""
-    losses = [model(input_ids=part, labels=part).loss for part in ids.split(16)]
-    return float(sum(losses)) / len(losses)
+    """Nats per token, of losses in fp64: rounded to fp32, two quantizations may have the same."""
+    total = 0.0
+    for part in ids.split(16):
+        logits = model(input_ids=part).logits[:, :-1].double()
+        total += cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
+    return total / ids[:, 1:].numel()
 
 
 def perplexities(
