@@ -246,7 +246,7 @@ def _norm_rules(
         yield Rule(f"{source}bias", (f"{target}.bias",), shape, bias)
 
 
-def _model_rules(config: PluginDecoderConfig, args: Namespace) -> Iterator[Rule]:
+def model_rules(config: PluginDecoderConfig, args: Namespace) -> Iterator[Rule]:
     """What lies outside the layers; the vocabulary's rows are cut to V."""
     table = (0, config.hidden_size)
     cut: Convert = lambda tensor: (tensor[: config.vocab_size],)  # noqa: E731
@@ -307,7 +307,7 @@ class HFTensors(Mapping[str, Tensor]):
         self, config: PluginDecoderConfig, args: Namespace
     ) -> Iterator[tuple[str, int | None, Rule, str]]:
         """Key in the checkpoint, row of a stack, rule, and prefix of the targets."""
-        outside = {rule.source: rule for rule in _model_rules(config, args)}
+        outside = {rule.source: rule for rule in model_rules(config, args)}
         head = outside.pop("output_layer.weight", None)
         for source, rule in outside.items():
             yield source, None, rule, ""

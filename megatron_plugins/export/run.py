@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ def export(
     dtype: str = "keep",
     max_shard_size: str = "5GB",
     force: bool = False,
+    without: Sequence[str] = (),
 ) -> tuple[str, Verdict]:
     """Write ``output`` from the checkpoint in ``load`` and prove it.
 
@@ -44,6 +46,7 @@ def export(
         dtype: of the weights: ``keep``, ``bf16``, ``fp16`` or ``fp32``.
         max_shard_size: of one weight file.
         force: replace an ``output`` that is there.
+        without: keys of features to leave out: the weights as a model without them.
 
     Returns:
         The ``model_type`` written, and the comparison of logits.
@@ -57,6 +60,8 @@ def export(
     check_shard_size(max_shard_size)
     checkpoint = Checkpoint(find_iteration(load, iteration))
     progress(f"read the arguments of {checkpoint.folder}")
+    for key in without:
+        setattr(checkpoint.args, key, False)
     refuse_inexpressible(checkpoint.args)
     if EMBEDDING not in checkpoint.tensors:
         raise ConfigError(f"{checkpoint.folder}: no {EMBEDDING}; only GPT models are exported")

@@ -21,6 +21,7 @@ from megatron_plugins.export.arguments import decoder_config
 from megatron_plugins.export.checkpoint import COMMON_FILE, Checkpoint, find_iteration
 from megatron_plugins.export.tokenizer import Tokenizer, vocabulary
 from tests.megatron.harness import train
+from tests.parity import llama_folders
 
 LLAMA = (
     "--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
@@ -85,6 +86,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         environment={"CASES": json.dumps(cases)},
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one Hugging Face folder per kind of ``llama_folders.KINDS``. Not to be
+    changed."""
+    place = tmp_path_factory.mktemp("folders")
+    llama_folders.make(place)
+    return place
 
 
 @dataclass
