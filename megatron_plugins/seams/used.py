@@ -76,6 +76,23 @@ USED: tuple[Symbol, ...] = (
         relies_on=("explicit_expert_comm", "skip_bias_add"),
     ),
     Symbol(
+        id="column-parallel",
+        targets=("megatron.core.tensor_parallel.layers:ColumnParallelLinear",),
+        feature="ladder_residual",
+        why="a subclass gives its compute another group, which leaves in flight what the backward "
+        "reduces; and gathers its input under the module before",
+        remove_when="the linear returns handles of its asynchronous collectives",
+        relies_on=("_forward_impl", "tp_group", "is_expert"),
+    ),
+    Symbol(
+        id="gathered-input",
+        targets=("megatron.core.parallel_state:get_global_memory_buffer",),
+        feature="ladder_residual",
+        why="the linear gathers its input into the buffer 'mpu'; gathered earlier, it goes there "
+        "too",
+        remove_when="with column-parallel",
+    ),
+    Symbol(
         id="attention",
         targets=("megatron.core.transformer.attention:SelfAttention",),
         feature="cross_layer_attention",

@@ -48,7 +48,6 @@ from tests.megatron.ladder_table import (
     SEQUENCE,
     SP,
     VOCAB,
-    WORLD,
 )
 from torch_plugins.config import LadderResidual, PowerMup
 
@@ -85,7 +84,8 @@ def build(ladder: str | None, multiplier: float = 1, **options: Any) -> GPTModel
     generator = torch.Generator().manual_seed(7)
     for name, parameter in sorted(model.named_parameters()):
         if parameter.dim() == 1:  # biases start at zero and norms at one, which would hide errors
-            value = torch.randn(parameter.numel() * WORLD, generator=generator) * 0.5
+            size = parameter.numel() * dist.get_world_size()
+            value = torch.randn(size, generator=generator) * 0.5
             replicated = not getattr(parameter, "tensor_model_parallel", False)
             start = 0 if replicated else parameter.numel() * dist.get_rank()
             parameter.data.copy_(value[start : start + parameter.numel()])
@@ -252,46 +252,72 @@ class LateDist:
 
 
 def late_reduce_scatter(output: Tensor, source: Tensor, group: Any, async_op: bool) -> Any:
-    def launch(value: Tensor) -> Any:
-        return dist.reduce_scatter_tensor(value, source, group=group, async_op=True)
+    return Late(output, lambda value: scatter(value, source, group=group, async_op=True))
 
-    return Late(output, launch)
+
+def late_all_gather(output: Tensor, source: Tensor, group: Any, async_op: bool) -> Any:
+    return Late(output, lambda value: gather(value, source, group=group, async_op=True))
+
+
+scatter, gather = reduction._reduce_scatter, reduction._all_gather
 
 
 def never_read_early(**options: Any) -> dict[str, Any]:
     """Results stay what they are when buffers hold NaN until the wait."""
     model, _ = pair("1-3", **options)
     A, a = run(model)
-    with replaced(dist=LateDist(), _reduce_scatter=late_reduce_scatter):
+    late = {"_reduce_scatter": late_reduce_scatter, "_all_gather": late_all_gather}
+    model(*inputs())  # a layer knows the one that follows it from its second forward on
+    with replaced(dist=LateDist(), **late):
         B, b = run(model)
     return {"logits": (A - B).abs().max().item(), "gradients": difference(a, b)}
 
 
-def order() -> dict[str, Any]:
-    """What happens in one ladder layer, in order, and the all-reduces of a forward."""
+def order(**options: Any) -> dict[str, Any]:
+    """What happens in a forward and in its backward, in order: modules that start, weights that
+    have their gradients, collectives that are launched and waited for. Module 2 l is the attention
+    of layer l, and 2 l + 1 its MLP."""
     events: list[str] = []
-    model, _ = pair("all")
+    model, _ = pair("all", **options)
     for index, layer in enumerate(model.decoder.layers):
-        for name in ("self_attention", "mlp"):
-            module = getattr(layer, name)
-            module.register_forward_pre_hook(
-                lambda *_, what=f"{name} {index}": events.append(f"start {what}")
-            )
+        parts = (
+            (layer.self_attention, "linear_qkv", "linear_proj"),
+            (layer.mlp, "linear_fc1", "linear_fc2"),
+        )
+        for at, (module, column, row) in enumerate(parts):
+            n = 2 * index + at
+            module.register_forward_pre_hook(lambda *_, n=n: events.append(f"start {n}"))
+            for what, name in (("column", column), ("row", row)):
+                getattr(module, name).weight.register_post_accumulate_grad_hook(
+                    lambda _, what=what, n=n: events.append(f"{what} {n}")
+                )
 
     class Noted(reduction.InFlight):
+        """``layer 1, mlp, backward`` is said as ``backward 3``."""
+
+        @property
+        def said(self) -> str:
+            layer, module, *rest = self.what.split(", ")
+            n = 2 * int(layer.removeprefix("layer ")) + (module == "mlp")
+            return f"{rest[0] if rest else 'output'} {n}"
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "work" and value is not None:
+                events.append(f"launch {self.said}")
+            super().__setattr__(name, value)
+
         def wait(self) -> None:
             if self.work is not None:
-                events.append(f"wait {self.number}")
+                events.append(f"wait {self.said}")
             super().wait()
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.number = sum(event.startswith("launch") for event in events)
-            events.append(f"launch {self.number}")
-
+    backward(model(*inputs()))  # from the second step on, a layer knows the one that follows it
+    events.clear()
     with replaced(InFlight=Noted):
-        model(*inputs())
-    return {"events": events}
+        logits = model(*inputs())
+        forward, events[:] = list(events), []
+        backward(logits)
+    return {"forward": forward, "backward": events}
 
 
 def all_reduces() -> dict[str, Any]:
@@ -325,14 +351,16 @@ def static_inference(**options: Any) -> dict[str, Any]:
     return {"logits": (torch.cat(parts, dim=1)[:, -8:] - full[:, last:]).abs().max().item()}
 
 
-def start() -> None:
-    """Bring Megatron up."""
+def start(minutes: float = 30) -> None:
+    """Bring Megatron up; a collective may take that long."""
     dist.init_process_group("gloo")
     # Without TransformerEngine the default, fp8=False, still asks for its fp8 state.
     tensor_parallel.CheckpointWithoutOutput = functools.partial(
         tensor_parallel.CheckpointWithoutOutput, fp8=None
     )
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=WORLD)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=dist.get_world_size(), distributed_timeout_minutes=minutes
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
@@ -360,6 +388,7 @@ def main(output: str) -> None:
         "late-sequence-parallel": lambda: never_read_early(**SP),
         "late-recompute": lambda: never_read_early(**FULL),
         "order": order,
+        "order-sequence-parallel": lambda: order(**SP),
         "all-reduces": all_reduces,
         "static-inference": static_inference,
         "static-inference-llama": lambda: static_inference(**LLAMA),

@@ -69,15 +69,46 @@ def test_a_buffer_in_flight_is_never_read(cases: dict[str, Any], name: str) -> N
 
 def test_every_reduction_overlaps_the_next_module(cases: dict[str, Any]) -> None:
     """Reduction n is launched before module n + 1 starts, and waited for after it ran."""
-    events = cases["order"]["events"]
+    events = cases["order"]["forward"]
     launches = [event for event in events if event.startswith("launch")]
-    assert launches == [f"launch {n}" for n in range(7)]  # the eighth module's is its linear's own
-    modules = [event for event in events if event.startswith("start")]
+    # the eighth module's is its linear's own
+    assert launches == [f"launch output {n}" for n in range(7)]
     for n in range(7):
-        launched, waited = events.index(f"launch {n}"), events.index(f"wait {n}")
-        assert launched < events.index(modules[n + 1]) < waited
+        launched, waited = events.index(f"launch output {n}"), events.index(f"wait output {n}")
+        assert launched < events.index(f"start {n + 1}") < waited
         if n < 6:
-            assert waited > events.index(f"launch {n + 1}")
+            assert waited > events.index(f"launch output {n + 1}")
+
+
+def test_every_gradients_reduction_overlaps_the_module_before(cases: dict[str, Any]) -> None:
+    """That of module n's input is launched after dgrad, and all weights of n - 1 have their
+    gradients before it is waited for."""
+    events = cases["order"]["backward"]
+    for n in range(1, 8):
+        launched = events.index(f"launch gradient of its input {n}")
+        waited = events.index(f"wait gradient of its input {n}")
+        own = [events.index(f"{what} {n}") for what in ("row", "column")]
+        before = [events.index(f"{what} {n - 1}") for what in ("row", "column")]
+        assert own[0] < launched < own[1] < min(before) < max(before) < waited
+
+
+def test_a_sequence_parallel_module_begins_under_the_one_before(cases: dict[str, Any]) -> None:
+    """Reduce-scatter n is launched before module n + 1 starts; all-gather n + 2 behind it, before
+    module n + 1 has ended. The mirror of it in the backward."""
+    events = cases["order-sequence-parallel"]["forward"]
+    for n in range(6):
+        chain = [f"launch output {n}", f"start {n + 1}", f"wait output {n}"]
+        chain += [f"launch its input {n + 2}", f"launch output {n + 1}", f"start {n + 2}"]
+        chain += [f"wait its input {n + 2}"]
+        places = [events.index(event) for event in chain if event != "launch output 7"]
+        assert places == sorted(places)
+    events = cases["order-sequence-parallel"]["backward"]
+    for n in range(2, 8):
+        chain = [f"launch gradient of its input {n}", f"row {n - 1}"]
+        chain += [f"wait gradient of its input {n}", f"launch backward {n - 2}", f"column {n - 1}"]
+        chain += [f"wait backward {n - 2}", f"row {n - 2}"]
+        places = [events.index(event) for event in chain]
+        assert places == sorted(places)
 
 
 def test_the_ladder_adds_no_all_reduce(cases: dict[str, Any]) -> None:

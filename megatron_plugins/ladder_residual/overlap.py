@@ -1,0 +1,192 @@
+"""What a ladder hides beside the reductions of its modules' outputs.
+
+*Backward.* A column-parallel linear reduces its input's gradient. In the ladder,
+
+    x_{i+1} = x_i + h_{i+1}(x_{i-1})
+
+the gradient that h_{i+1} sends to x_{i-1} is not needed by the backward of h_i, which needs that of
+x_i only. So its reduction is launched after dgrad, and waited for after the backward of h_i::
+
+    backward of h_{i+1}:  dgrad, launch, wgrad
+    backward of h_i:      all of it
+    then:                 wait, norm, add to the gradient of x_{i-1}
+
+Of what is ready, autograd runs what was created last. The wait, which is created within h_{i+1},
+would run at once: it is given the number of the place where it belongs.
+
+*Sequence parallel.* Here a module begins with an all-gather of its input and ends with a
+reduce-scatter, and between the two lie only an add and a norm. The chain of all four fits under one
+module, if it begins before that module has ended. Once the column-parallel linear of h_i is done::
+
+    wait for the reduce-scatter of h_{i-1}, add, norm of h_{i+1}, launch its all-gather
+
+under the rest of h_i; h_i began under that reduce-scatter. In the backward, where an all-gather
+leads to a module and a reduce-scatter leaves it, the same place in h_i serves for the mirrored
+chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_plugins import reduction
+from megatron_plugins.reduction import Launches, launches_in_backward, renumber, wait_for_gradient
+
+Places = dict[int, int]
+"""By module (attention 2 l, MLP 2 l + 1 of layer l): autograd's number for what waits there."""
+
+
+def prepare(layer: Any) -> dict[str, Any]:
+    """Have the column-parallel linears of a ladder layer, or of the one before, overlap.
+
+    Returns:
+        The linear in which a module ("attention", "mlp") begins with an all-gather.
+    """
+    entrances: dict[str, Any] = {}
+    config, place = layer.config, layer.ladder
+    if config.tensor_model_parallel_size == 1:
+        return entrances
+    modules = {"attention": layer.self_attention, "mlp": layer.mlp}
+    for at, (name, module) in enumerate(modules.items()):
+        if not place.ladder and name == "attention":
+            continue
+        number = 2 * place.index + at
+        moe = name == "mlp" and layer.is_moe_layer  # its dispatcher communicates
+        linears = [] if moe else list(_column_parallel(module))
+        for linear in linears:
+            own: Any = type(linear)
+            linear.__class__ = overlapping_class(own)
+            linear.ladder_places, linear.ladder_module = layer.stage.places, number
+            linear.ladder_what = f"layer {place.index}, {name}"
+            linear.ladder_gathering = linear.ladder_then = None
+        if not config.sequence_parallel:
+            module.register_forward_pre_hook(partial(_note_start, layer.stage.places, number))
+        elif place.ladder and len(linears) == 1:
+            linears[0].ladder_then = partial(_halfway, layer, name)
+            entrances[name] = linears[0]
+    return entrances
+
+
+def _column_parallel(module: torch.nn.Module) -> Iterator[Any]:
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    for linear in module.modules():
+        if isinstance(linear, ColumnParallelLinear) and not linear.is_expert:
+            yield linear
+
+
+def _note_start(places: Places, number: int, *_: Any) -> None:
+    """After everything in this module, in the backward: its linear's own wait takes this number,
+    and leaves it free where it has another."""
+    places[number] = torch.autograd._get_sequence_nr()
+
+
+@cache
+def overlapping_class(base: Any) -> type:
+    """A subclass of Megatron's ``ColumnParallelLinear``; :func:`prepare` sets its attributes."""
+
+    class Overlapping(base):
+        def _forward_impl(
+            self, input: Tensor, weight: Tensor, *args: Any, tp_group: Any, **kwargs: Any
+        ) -> Any:
+            if torch.is_anomaly_enabled():  # it reads every gradient at once
+                return super()._forward_impl(input, weight, *args, tp_group=tp_group, **kwargs)
+            whole = _gathered(self, input) if kwargs["sequence_parallel"] else None
+            reduced = None
+            if torch.is_grad_enabled() and input.requires_grad:
+                reduced = reduction.InFlight(f"{self.ladder_what}, gradient of its input")
+                number = self.ladder_places.get(self.ladder_module - 1)
+                input = wait_for_gradient(input, reduced, number)
+            if reduced is not None or whole is not None:
+                tp_group = Launches(tp_group, reduced, whole, f"{self.ladder_what}, backward")
+            output = super()._forward_impl(input, weight, *args, tp_group=tp_group, **kwargs)
+            if self.ladder_then is not None:
+                self.ladder_then()
+            return output
+
+    Overlapping.__name__ = Overlapping.__qualname__ = f"Overlapping{base.__name__}"
+    return Overlapping
+
+
+def _gather(linear: Any, part: Tensor) -> tuple[Tensor, Tensor, reduction.InFlight]:
+    """Begin the all-gather of a linear's input [S/T, B, H], in the buffer that the linear uses."""
+    from megatron.core.parallel_state import get_global_memory_buffer
+
+    shape = (part.shape[0] * linear.tp_group.size(), *part.shape[1:])
+    whole = get_global_memory_buffer().get_tensor(shape, part.dtype, "mpu")
+    what = f"{linear.ladder_what}, its input"
+    return part, whole, reduction.gather_async(part, whole, linear.tp_group, what)
+
+
+def _gathered(linear: Any, part: Tensor) -> Tensor:
+    """The whole input, for which the module before may have begun the all-gather."""
+    begun, linear.ladder_gathering = linear.ladder_gathering, None
+    if begun is not None and begun[0].data_ptr() != part.data_ptr():
+        begun[2].wait()
+        begun = None
+    _, whole, in_flight = begun or _gather(linear, part)
+    in_flight.wait()
+    return whole
+
+
+def _halfway(layer: Any, name: str) -> None:
+    """Under the rest of a module, begin the next one: its input is there."""
+    module = 2 * layer.ladder.index + (name == "mlp")
+    layer.stage.places[module] = torch.autograd._get_sequence_nr()
+    found = _next(layer, name)
+    if found is not None:
+        norm, linear = found
+        linear.ladder_gathering = _gather(linear, norm.begin(layer.complete_early(name)))
+
+
+def _next(layer: Any, name: str) -> tuple[Any, Any] | None:
+    """Norm and linear of the module after this one, where they can begin before it has ended: not
+    in another chunk of recomputation."""
+    if name == "attention":
+        after, module, norm = layer, "mlp", "pre_mlp_layernorm"
+    else:
+        apart = layer.training and layer.config.recompute_granularity == "full"
+        if apart or layer.recompute_mlp or not layer.following:
+            return None
+        (after,), module, norm = layer.following, "attention", "input_layernorm"
+    linear = after.entrances.get(module)
+    quantizes = getattr(linear, "input_quantizer", None) is not None
+    if linear is None or quantizes or getattr(after, f"recompute_{norm}"):
+        return None
+    found = getattr(after, norm)
+    if not hasattr(found, "begin"):
+        own: Any = type(found)
+        found.__class__ = beginning_class(own)
+        found.begun = None
+    return found, linear
+
+
+@cache
+def beginning_class(base: Any) -> type:
+    """A subclass of a norm that can be computed before it is called."""
+
+    class Beginning(base):
+        def begin(self, x: Tensor) -> Tensor:
+            self.begun = None
+            self.begun = x, self(x)
+            return self.begun[1]
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            begun, self.begun = self.begun, None
+            if begun is not None and begun[0] is x:
+                return begun[1]
+            return super().forward(x, *args, **kwargs)
+
+    Beginning.__name__ = Beginning.__qualname__ = base.__name__
+    return Beginning
+
+
+def launch_early(reduced: Tensor) -> None:
+    """In the backward, gather the gradient of a module's output as soon as it is there."""
+    if launches_in_backward(reduced):
+        renumber(reduced, torch.autograd._get_sequence_nr())
