@@ -37,6 +37,7 @@ def logits(
     patch.arm(symbol for symbol in huggingface.HOOKS if symbol.feature == W4A4.key())
     standing: dict[str, Any] = {"trust_remote_code": True, "local_files_only": True}
     config = AutoConfig.from_pretrained(folder, **standing)
+    fp4 = "fp4" in str((getattr(config, "quantization_config", None) or {}).get("format"))
     if all_experts:
         choose_all(config)
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -45,6 +46,9 @@ def logits(
     wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
     if wrong:
         raise ValueError(f"the tensors do not fit the model: {wrong}")
+    if fp4:
+        model.hf_quantizer.compressor.decompress_model(model)
+        torch.nn.Module.float(model)  # FP4 unpacks to bfloat16, whatever the model is in
     if not quantized:
         set_mode(quantizers_of(model).values(), Mode.OFF)
     with torch.no_grad():

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..feature import ConfigError
-from ..ops.dynamic_quant import fake_quant_rows
+from ..ops.dynamic_quant import FP4Scales, e2m1, e8m0, fake_quant_rows
+from ..w4a4_config import BLOCKS
 
 
 class StaticInput(NamedTuple):
@@ -54,7 +55,23 @@ class TokenInput(NamedTuple):
         return fake_quant_rows(x, self.bits)
 
 
-Input = StaticInput | TokenInput
+class BlockInput(NamedTuple):
+    """FP4 in blocks of 32 features, as compressed-tensors computes mxfp4.
+
+    With ``max|x| = m 2 ** e``, m in [1, 2), the scale is ``2 ** (e - 2)``, and ``2 ** (e - 1)``
+    from m = 1.75 on, where the largest would round to 8; the grid that is trained with (OCP MX 1.0)
+    keeps ``2 ** (e - 2)`` there and clamps at 6.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        blocks = wide.unflatten(-1, (-1, BLOCKS["mxfp4"]))
+        half, exponent = torch.frexp(blocks.abs().amax(-1, keepdim=True))  # half: m / 2
+        scale = FP4Scales(e8m0(exponent - 3 + (half >= 0.875))).wide(blocks.dtype)
+        return (e2m1(blocks / scale) * scale).flatten(-2).to(x.dtype)
+
+
+Input = StaticInput | TokenInput | BlockInput
 
 
 def quantizing(how: Input) -> Callable[[Any, tuple[Any, ...]], tuple[Tensor]]:

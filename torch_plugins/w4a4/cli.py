@@ -1,6 +1,7 @@
 """``python -m torch_plugins.w4a4 quantize`` and ``... report``.
 
 python -m torch_plugins.w4a4 quantize MODEL OUT --activations learned --calibration text.jsonl
+python -m torch_plugins.w4a4 quantize MODEL OUT --weights mxfp4 --method rtn --activations none
 python -m torch_plugins.w4a4 report MODEL --against OUT --output report.png
 """
 
@@ -20,7 +21,7 @@ from ..feature import ConfigError
 from .calibration import read_tokens
 from .card import statement
 from .folder import Folder
-from .quantize import ACTIVATIONS, METHODS, Recipe
+from .quantize import ACTIVATIONS, METHODS, WEIGHTS, Recipe
 from .quantize_folder import Job, quantize_folder
 from .report import plot, print_table
 from .statistics import measure
@@ -45,6 +46,7 @@ def quantize(arguments: argparse.Namespace) -> None:
         arguments.damping,
         arguments.act_order,
         arguments.modules,
+        arguments.weights,
     )
     source = Folder(arguments.model, arguments.trust_remote_code)
     if output.exists() and output.samefile(arguments.model):
@@ -71,7 +73,7 @@ def quantize(arguments: argparse.Namespace) -> None:
     before, after = size(arguments.model), size(output)
     print(f"written: {output}, {after / 1e6:.4g} MB of weights ({before / 1e6:.4g} MB before)")
     print(f"loaded by transformers, fp32 logits: {verdict}")
-    print(statement(recipe.activations))
+    print(statement(recipe))
 
 
 def calibration(arguments: argparse.Namespace, source: Folder) -> torch.Tensor:
@@ -113,26 +115,33 @@ def parser() -> argparse.ArgumentParser:
         description="Four-bit weights and activations of Hugging Face folders (arXiv 2404.03605).",
     )
     commands = whole.add_subparsers(dest="command", required=True)
-    text = "write a folder with four-bit weights (compressed-tensors, pack-quantized)"
+    text = "write a folder with four-bit weights, in a format of compressed-tensors"
     add: Any = commands.add_parser("quantize", help=text, description=text).add_argument
     recipe = Recipe()
     add("model", type=Path, help="folder of a Hugging Face model")
     add("output", type=Path, help="folder to write")
     add("--method", choices=METHODS, default=recipe.method, help="default: %(default)s")
-    add("--weights", choices=("int4",), default="int4", help="default: %(default)s")
+    add(
+        "--weights",
+        choices=WEIGHTS,
+        default=recipe.weights,
+        help="default: %(default)s. FP4 (mxfp4: blocks of 32 features, nvfp4: of 16) goes with "
+        "--method rtn, and with models in bfloat16 or --dtype bfloat16",
+    )
     add(
         "--group-size",
         type=int,
         default=recipe.group_size,
         metavar="N",
-        help="input features with one scale; -1, the default: a whole row",
+        help="input features with one scale; -1, the default: a whole row, or a block of FP4",
     )
     add(
         "--activations",
         choices=ACTIVATIONS,
         required=True,
         help="learned: the clips that training found; dynamic-token: a scale for each token; none: "
-        "weights only, as vLLM computes them",
+        "weights only, as vLLM computes int4; dynamic-block: mxfp4, a scale for each 32 features. "
+        "mxfp4 weights take dynamic-block or none, nvfp4 weights none",
     )
     add(
         "--calibration",

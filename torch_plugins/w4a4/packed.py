@@ -21,7 +21,7 @@ from ..native import active
 from ..ops.int4 import unpack_int4, w4a4_linear
 from ..ops.prepacked import prepack_w4, unprepack_w4, w4a4_linear_prepacked
 from ..weight_quant import Quantized
-from .compressed import BITS, FORMAT, INPUT_SCALE, INPUT_ZERO, PACKED, SCALE, SHAPE
+from .compressed import BITS, FORMATS, INPUT_SCALE, INPUT_ZERO, PACKED, SCALE, SHAPE
 from .folder import Folder
 from .marker import SECTION
 
@@ -128,6 +128,11 @@ def load_quantized(
     """
     source = Folder(Path(folder), trust_remote_code, quantized=True)
     inputs, ignore = scheme(source)
+    if (weights := source.fields[SECTION]["format"]) != FORMATS["int4"]:
+        raise ConfigError(
+            f"{source.path}: weights are {weights}, and no operator here computes with packed FP4; "
+            "load it with transformers"
+        )
     dtype = dtype or getattr(source.config, "dtype", None) or torch.float32
     model = source.build(dtype)
     for name, linear in list(model.named_modules()):
@@ -154,14 +159,18 @@ def scheme(source: Folder) -> tuple[dict[str, Any] | None, set[str]]:
     """
     section = source.fields.get(SECTION) or {}
     groups = list(section.get("config_groups", {}).values())
-    if section.get("format") != FORMAT or len(groups) != 1 or groups[0]["targets"] != ["Linear"]:
+    if (
+        section.get("format") not in FORMATS.values()
+        or len(groups) != 1
+        or groups[0]["targets"] != ["Linear"]
+    ):
         raise ConfigError(
             f"{source.path}: {SECTION} is not that of python -m torch_plugins.w4a4 quantize; load "
             "it with transformers"
         )
     weights, inputs = groups[0]["weights"], groups[0].get("input_activations")
     if weights["num_bits"] != BITS or not weights["symmetric"]:
-        raise ConfigError(f"{source.path}: weights are not symmetric int4, but {weights}")
+        raise ConfigError(f"{source.path}: weights are not symmetric with 4 bits, but {weights}")
     return inputs, set(section.get("ignore", ()))
 
 

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from ..feature import ConfigError
-from ..w4a4_config import W4A4
+from ..w4a4_config import BLOCKS, W4A4
 from ..weight_quant import Quantized, gptq, round_to_nearest
+from .fp4 import QuantizedFP4, largest_of_fused, quantize_fp4
 from .layers import Passes, batches_of, decoder_layers
 from .linear import FakeQuantLinear, swap, targets
 from .quantizer import Mode, quantizers_of, set_mode
 
 METHODS = ("rtn", "gptq")
-ACTIVATIONS = ("learned", "dynamic-token", "none")
+ACTIVATIONS = ("learned", "dynamic-token", "dynamic-block", "none")
+WEIGHTS = ("int4", "mxfp4", "nvfp4")
 BITS = 4
 
 
@@ -36,11 +38,14 @@ class Recipe:
     Attributes:
         method: round to nearest or GPTQ; see :mod:`torch_plugins.weight_quant`.
         activations: inputs of linear layers. ``learned``: clips that training found, static;
-            ``dynamic-token``: symmetric, from the largest feature of each token; ``none``.
+            ``dynamic-token``: symmetric, from the largest feature of each token; ``dynamic-block``:
+            mxfp4, from the largest of each block; ``none``.
         group_size: input features of a weight with one scale; -1: a row.
         damping, act_order: of GPTQ.
         modules: names of linear layers, as ``W4A4.modules``; those outside of the decoder layers
             never belong.
+        weights: evenly spaced, or one of the FP4 grids of :mod:`torch_plugins.ops.dynamic_quant`,
+            rounded to nearest.
     """
 
     method: str = "gptq"
@@ -49,9 +54,11 @@ class Recipe:
     damping: float = 0.01
     act_order: bool = False
     modules: str = "*"
+    weights: str = "int4"
 
     def __post_init__(self) -> None:
-        for name, known in (("method", METHODS), ("activations", ACTIVATIONS)):
+        every = (("method", METHODS), ("activations", ACTIVATIONS), ("weights", WEIGHTS))
+        for name, known in every:
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(f"{name} {value!r}: must be one of {', '.join(known)}")
@@ -62,6 +69,39 @@ class Recipe:
             raise ConfigError(f"damping {self.damping!r}: must be a positive number, such as 0.01")
         if self.act_order and self.method != "gptq":
             raise ConfigError("act_order: goes with method gptq, which takes columns in turn")
+        if self.weights != "int4":
+            self._check_fp4()
+        elif self.activations == "dynamic-block":
+            raise ConfigError(
+                "--activations dynamic-block: goes with --weights mxfp4; give dynamic-token"
+            )
+
+    def _check_fp4(self) -> None:
+        fp4, block = f"--weights {self.weights}", BLOCKS[self.weights]
+        if self.method != "rtn":
+            raise ConfigError(
+                f"--method {self.method}: makes integers only; {fp4} needs --method rtn"
+            )
+        if self.group_size not in (-1, block):
+            raise ConfigError(
+                f"--group-size {self.group_size}: {fp4} has blocks of {block}; leave it out"
+            )
+        if self.activations in ("learned", "dynamic-token"):
+            dynamic = ", or dynamic-block" if self.weights == "mxfp4" else ""
+            raise ConfigError(
+                f"--activations {self.activations}: integers, which nothing multiplies with {fp4}; "
+                f"give none{dynamic}"
+            )
+        if self.activations == "dynamic-block" and self.weights == "nvfp4":
+            raise ConfigError(
+                f"--activations dynamic-block: with {fp4}, inputs need a scale of the whole layer "
+                "from calibration, which is not supported; give none, or --weights mxfp4"
+            )
+
+    @property
+    def block(self) -> int:
+        """Input features of a weight with one scale; -1: a row."""
+        return BLOCKS.get(self.weights, self.group_size)
 
     @property
     def feature(self) -> W4A4:
@@ -86,11 +126,18 @@ def selected(model: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
     if not found:
         raise ConfigError(f"modules {recipe.modules!r}: matches no linear layer in {prefix}")
     for name, linear in found.items():
-        if recipe.group_size != -1 and linear.in_features % recipe.group_size:
+        if recipe.block == -1 or not linear.in_features % recipe.block:
+            continue
+        if recipe.weights != "int4":
             raise ConfigError(
-                f"group_size {recipe.group_size}: does not divide the {linear.in_features} input "
-                f"features of {name}; give a divisor, -1, or exclude it with modules '!{name}'"
+                f"--weights {recipe.weights}: its blocks of {recipe.block} do not divide the "
+                f"{linear.in_features} input features of {name}; exclude it with --modules "
+                f"'!{name}', or give --weights int4"
             )
+        raise ConfigError(
+            f"group_size {recipe.group_size}: does not divide the {linear.in_features} input "
+            f"features of {name}; give a divisor, -1, or exclude it with modules '!{name}'"
+        )
     return found
 
 
@@ -171,6 +218,29 @@ def quantize_weight(
         ) from error
 
 
+def quantize_layers(
+    own: Mapping[str, nn.Linear],
+    hessians_II: Mapping[str, Tensor],
+    recipe: Recipe,
+    scale_dtype: torch.dtype | None = None,
+) -> dict[str, Quantized | QuantizedFP4]:
+    """Weights of one decoder layer as the recipe says, by name.
+
+    Raises:
+        ConfigError: see :func:`quantize_weight`, and :func:`~torch_plugins.w4a4.fp4.quantize_fp4`.
+    """
+    if recipe.weights == "int4":
+        return {
+            name: quantize_weight(linear.weight, hessians_II.get(name), recipe, scale_dtype)
+            for name, linear in own.items()
+        }
+    largest = largest_of_fused(own) if recipe.weights == "nvfp4" else {}
+    return {
+        name: quantize_fp4(linear.weight, recipe.weights, largest.get(name), name)
+        for name, linear in own.items()
+    }
+
+
 @torch.no_grad()
 def quantize_model(
     model: nn.Module,
@@ -182,11 +252,13 @@ def quantize_model(
     damping: float = 0.01,
     act_order: bool = False,
     modules: str = "*",
+    weights: str = "int4",
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Quantized]:
+) -> dict[str, Quantized | QuantizedFP4]:
     """Quantize the linear layers in a model's decoder layers, in place.
 
-    Afterwards weights have the values ``code * scale`` in their own dtype, and inputs are
+    Afterwards weights have the values ``code * scale`` in their own dtype (FP4 takes a level for a
+    code), and inputs are
     quantized: as trained (``learned``), for each token (``dynamic-token``: the layers become
     :class:`~torch_plugins.w4a4.linear.FakeQuantLinear`), or not at all (``none``: quantizers that
     are there are turned off).
@@ -205,20 +277,22 @@ def quantize_model(
         ConfigError: a value is wrong, tokens are missing, or ``learned`` finds no clips; the model
             is unchanged then.
     """
-    recipe = Recipe(method, activations, group_size, damping, act_order, modules)
+    recipe = Recipe(method, activations, group_size, damping, act_order, modules, weights)
+    if activations == "dynamic-block":
+        raise ConfigError("activations dynamic-block: of folders only; give activations none")
     check_calibration(calibration_ids, recipe)
     found = selected(model, recipe)
     _prepare(model, found, recipe)
     prefix, layers = decoder_layers(model)
     batches = [] if method == "rtn" or calibration_ids is None else batches_of(calibration_ids)
-    done: dict[str, Quantized] = {}
+    done: dict[str, Quantized | QuantizedFP4] = {}
     with evaluating(model), Passes(model, layers, batches) as passes:
         for index in range(len(layers)):
             own = {n: m for n, m in found.items() if n.startswith(f"{prefix}.{index}.")}
             say(f"layer {index + 1} of {len(layers)}: {len(own)} linear layers")
             sums = hessians(own, passes.inputs(index)) if own else {}
+            done |= quantize_layers(own, sums, recipe)
             for name, linear in own.items():
-                done[name] = quantize_weight(linear.weight, sums.get(name), recipe)
                 linear.weight.copy_(done[name].dequantize())
             passes.advance(index)
     return done

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..export.proof import Verdict, VerificationError, folder_logits, random_ids, tolerance
 from ..export.writer import check_output, new_folder, write_weights
 from ..feature import ConfigError
-from .activations import Input, TokenInput, from_clips, quantizing
+from .activations import BlockInput, Input, TokenInput, from_clips, quantizing
 from .card import card
 from .compressed import (
     QuantizedWeights,
@@ -40,7 +40,7 @@ from .quantize import (
     Recipe,
     check_calibration,
     hessians,
-    quantize_weight,
+    quantize_layers,
     selected,
 )
 from .state import State
@@ -84,6 +84,7 @@ def quantize_folder(job: Job, say: Say) -> Verdict:
     if importlib.util.find_spec("compressed_tensors") is None:
         raise ConfigError("compressed-tensors is not installed: pip install compressed-tensors")
     check_calibration(job.calibration_ids, job.recipe)
+    check_dtype(job)
     model = job.source.skeleton()
     inputs = input_quantizers(model, job)
     state = State(job.output, fingerprint(job), job.restart)
@@ -108,6 +109,16 @@ def scale_dtype(job: Job) -> torch.dtype:
     return found
 
 
+def check_dtype(job: Job) -> None:
+    """Raise :class:`ConfigError` where FP4 would unpack to another dtype than the model has."""
+    weights, dtype = job.recipe.weights, str(scale_dtype(job)).removeprefix("torch.")
+    if weights != "int4" and dtype != "bfloat16":
+        raise ConfigError(
+            f"--weights {weights}: {job.source.path if job.dtype is None else '--dtype'} is "
+            f"{dtype}, but transformers unpacks FP4 to bfloat16; give --dtype bfloat16"
+        )
+
+
 def input_quantizers(model: nn.Module, job: Job) -> dict[str, Input | None]:
     """The linear layers to quantize, and how their inputs are.
 
@@ -119,6 +130,8 @@ def input_quantizers(model: nn.Module, job: Job) -> dict[str, Input | None]:
         return dict.fromkeys(found)
     if recipe.activations == "dynamic-token":
         return dict.fromkeys(found, TokenInput())
+    if recipe.activations == "dynamic-block":
+        return dict.fromkeys(found, BlockInput())
     feature = source.feature
     if feature is None or not feature.learned:
         raise ConfigError(f"--activations learned: {source.path} has no clips; {NO_CLIPS}")
@@ -173,7 +186,7 @@ def run(model: Any, inputs: Mapping[str, Input | None], job: Job, state: State, 
                     sums = hessians(own, passes.inputs(index)) if gptq else {}
                     state.save(index, _quantize(own, sums, job))
                 for name, tensors in by_linear(state.load(index)).items():
-                    weight = weight_from(tensors).dequantize().to(job.device)
+                    weight = weight_from(tensors).to(job.device)
                     fill(model, [(f"{name}.weight", weight)])
                 passes.advance(index)
             empty(layer)
@@ -190,8 +203,7 @@ def _read(job: Job, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
 
 def _quantize(own: Mapping[str, Any], sums: Mapping[str, Tensor], job: Job) -> dict[str, Tensor]:
     found = {}
-    for name, linear in own.items():
-        weight = quantize_weight(linear.weight, sums.get(name), job.recipe, scale_dtype(job))
+    for name, weight in quantize_layers(own, sums, job.recipe, scale_dtype(job)).items():
         for part, tensor in weight_tensors(weight, scale_dtype(job)).items():
             found[f"{name}.{part}"] = tensor.cpu()
     return found
@@ -228,7 +240,8 @@ def write(
     weights = QuantizedWeights(source, job.dtype, stored, known)
     linears = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
     ignore = [name for name in linears if name not in inputs]
-    how = section(job.recipe.group_size, next(iter(inputs.values())), ignore)
+    recipe = job.recipe
+    how = section(recipe.group_size, next(iter(inputs.values())), ignore, recipe.weights)
     fields = source.fields | {SECTION: how}
     if job.dtype is not None:
         fields.pop("torch_dtype", None)

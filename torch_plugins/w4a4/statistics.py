@@ -24,7 +24,16 @@ from ..feature import ConfigError
 from ..ops.kurtosis import kurtosis
 from ..weight_quant import round_to_nearest
 from .activations import Input, StaticInput, TokenInput, from_clips, quantizing
-from .compressed import INPUT_SCALE, INPUT_ZERO, PACKED, SCALE, SHAPE, weight_from
+from .compressed import (
+    GLOBAL,
+    INPUT_SCALE,
+    INPUT_ZERO,
+    PACKED,
+    SCALE,
+    SHAPE,
+    input_from,
+    weight_from,
+)
 from .folder import Folder, empty
 from .layers import Passes, batches_of, decoder_layers
 from .packed import scheme
@@ -204,17 +213,13 @@ def quantized(folder: Folder, name: str, weight: Tensor) -> Quantization:
         return Quantization(weight, None)
     parts = {
         part: folder.get(f"{name}.{part}")
-        for part in (PACKED, SCALE, SHAPE, INPUT_SCALE, INPUT_ZERO)
+        for part in (PACKED, SCALE, SHAPE, GLOBAL, INPUT_SCALE, INPUT_ZERO)
         if f"{name}.{part}" in folder.files
     }
-    if PACKED not in parts or parts[SHAPE].tolist() != list(weight.shape):
+    stored = weight_from(parts) if PACKED in parts else weight[:0]
+    if stored.shape != weight.shape:
         raise ConfigError(f"--against {folder.path}: no {name} of {list(weight.shape)}")
-    how: Input | None = None
-    if inputs is not None and inputs["dynamic"]:
-        how = TokenInput(inputs["num_bits"])
-    elif inputs is not None:
-        how = StaticInput(parts[INPUT_SCALE], parts.get(INPUT_ZERO), inputs["num_bits"])
-    return Quantization(weight_from(parts).dequantize(), how)
+    return Quantization(stored, input_from(inputs, parts))
 
 
 def _adding(one: Measured) -> Callable[[Any, tuple[Any, ...]], None]:
