@@ -58,3 +58,9 @@ def apply_layer(
     attention_states = after_mlp + attention(after_attention if ladder else after_mlp)
     hidden_states = attention_states + mlp(after_mlp if ladder else attention_states)
     return Streams(hidden_states, attention_states)
+
+
+if __name__ == "__main__":
+    from torch_plugins.ladder_estimate.cli import main
+
+    main()
