@@ -60,7 +60,7 @@ def quantize_fp4(
     scales = fp4_scales(blocks, grid, largest)
     values = e2m1(blocks / scales.wide(torch.float32).unsqueeze(-1)).flatten(1)
     levels = torch.tensor(LEVELS, device=values.device)
-    codes = torch.bucketize(values.abs(), levels) + 8 * values.signbit()
+    codes = torch.bucketize(values.abs().contiguous(), levels) + 8 * values.signbit()
     return QuantizedFP4(codes.to(torch.uint8), scales)
 
 

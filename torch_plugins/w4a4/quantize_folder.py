@@ -111,7 +111,9 @@ def scale_dtype(job: Job) -> torch.dtype:
 
 def check_dtype(job: Job) -> None:
     """Raise :class:`ConfigError` where FP4 would unpack to another dtype than the model has."""
-    weights, dtype = job.recipe.weights, str(scale_dtype(job)).removeprefix("torch.")
+    weights, fields = job.recipe.weights, job.source.fields
+    stored = job.dtype or fields.get("dtype") or fields.get("torch_dtype") or "float32"
+    dtype = str(stored).removeprefix("torch.")
     if weights != "int4" and dtype != "bfloat16":
         raise ConfigError(
             f"--weights {weights}: {job.source.path if job.dtype is None else '--dtype'} is "
