@@ -1,10 +1,12 @@
-"""How much of the tensor-parallel all-reduce does the ladder hide? Standard against ladder, TP=2.
+"""How much of tensor-parallel communication does the ladder hide? Against standard models, TP=2.
 
     make bench-ladder                 # or: python examples/ladder_residual/bench/overlap.py
+    make bench-ladder ARGS="--real"   # also over a real link (root)
 
-Real Megatron layers in two processes on the CPU, over gloo and over virtual links that take 0.25 to
-2 times as long as a module's compute (``link.py``). Prints a table; writes ``overlap.json`` and
-``overlap.png``.
+Real Megatron models in two processes on the CPU, over gloo and over links on which an all-reduce
+takes 0.1 to 4 times as long as a module's compute: training with and without sequence parallelism,
+prefill and decode. Prints tables; writes ``overlap.json``, ``overlap.png``, and of one step the
+timeline ``trace.json`` (for chrome://tracing or Perfetto) and ``trace.png``.
 """
 
 from __future__ import annotations
@@ -12,28 +14,37 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
+import time
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from step import CONTROL, LADDER, LADDER_BOUND, STANDARD, Shape, measure
+import netns
+from results import plot, print_table, summarise
+from variants import Shape
 
 OUTPUT = Path(__file__).resolve().parents[3] / "out" / "bench_ladder"
-RATIOS = [0.0, 0.25, 0.5, 1.0, 2.0]
+RATIOS = [0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0]
+MODES = ["training", "sequence parallel", "inference"]
 RANKS = 2
 
 
-def rank_main(rank: int, shape: Shape, ratios: list[float], repetitions: int, folder: str) -> None:
-    """One process: Megatron on the CPU backend, then the measurement; rank 0 writes it down."""
+def rank_main(rank: int, job: dict[str, Any]) -> None:
+    """One process: Megatron on the CPU backend, then its measurements; rank 0 writes them down."""
     from megatron_plugins import cpu
 
     cpu.install()
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from step import Bench, measure
+    from timeline import trace
 
+    shape, folder = Shape(**job["shape"]), Path(job["folder"])
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
@@ -41,126 +52,66 @@ def rank_main(rank: int, shape: Shape, ratios: list[float], repetitions: int, fo
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
     torch.manual_seed(1234)
     model_parallel_cuda_manual_seed(1234)
-    records = measure(shape, ratios, repetitions, RANKS)
+
+    def say(line: str) -> None:
+        if rank == 0:
+            print(f"{job['where']}, {mode}: {line}", file=sys.stderr, flush=True)
+
+    records = {}
+    for mode in job["modes"]:
+        bench = Bench(mode, shape, RANKS)
+
+        def set_link(seconds: float, bench: Any = bench) -> None:
+            if job["real"]:
+                netns.limit(8 * shape.message_bytes / seconds if seconds else None)
+            else:
+                bench.link.cost = seconds
+
+        ratios, repetitions = job["ratios"], job["repetitions"]
+        records[mode] = measure(bench, ratios, repetitions, shape.modules, set_link, say)
+        if mode == "training" and not job["real"]:
+            spans = trace(bench, set_link, shape)
+            if rank == 0:
+                (folder / "trace.json").write_text(json.dumps(spans))
+        bench.remove()
     if rank == 0:
-        Path(folder, "records.json").write_text(json.dumps(records))
+        (folder / "records.json").write_text(json.dumps(records))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def run(shape: Shape, ratios: list[float], repetitions: int) -> list[Any]:
-    """Measure in two fresh processes."""
-    import torch.multiprocessing as multiprocessing
-
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (shape, ratios, repetitions, folder)
-        multiprocessing.spawn(rank_main, args=arguments, nprocs=RANKS)
-        return json.loads(Path(folder, "records.json").read_text())
-
-
-def ideal_forward(ratio: float, modules: int) -> float:
-    """Ladder over standard when everything that can overlap does: compute c = 1, all-reduce a."""
-    ladder = 1 + (modules - 1) * max(ratio, 1) + ratio
-    return ladder / (modules * (1 + ratio))
-
-
-def possible(ratio: float, modules: int) -> float:
-    """Share of the communication that the ideal ladder hides, at most all but the last."""
-    return (modules - 1) * min(ratio, 1) / (modules * ratio) if ratio else 0.0
-
-
-def summarise(records: list[Any], ratios: list[float], modules: int) -> list[dict[str, Any]]:
-    """One row per link and phase: medians over the repetitions, of quotients taken within one.
-
-    ``hidden`` is (control - ladder) / (control - ladder without communication): of the time that
-    waiting at once costs the ladder, the share that its overlap saves.
-    """
-    rows = []
-    for phase in ("forward", "step"):
-        for ratio in ratios:
-            each = [
-                {name: t[phase] for name, t in (r["links"][str(ratio)] | r["bounds"]).items()}
-                for r in records
-            ]
-            lost = [t[CONTROL.name] - t[LADDER_BOUND.name] for t in each]
-            saved = [t[CONTROL.name] - t[LADDER.name] for t in each]
-            rows.append(
-                {
-                    "phase": phase,
-                    "ratio": ratio,
-                    "standard_ms": median(t[STANDARD.name] for t in each),
-                    "ladder_ms": median(t[LADDER.name] for t in each),
-                    "ladder": median(t[LADDER.name] / t[STANDARD.name] for t in each),
-                    "control": median(t[CONTROL.name] / t[STANDARD.name] for t in each),
-                    "ideal": ideal_forward(ratio, modules) if phase == "forward" else None,
-                    "hidden": median(s / c for s, c in zip(saved, lost, strict=True)),
-                    "possible": possible(ratio, modules) if phase == "forward" else None,
-                }
-            )
-    return rows
-
-
-def print_table(rows: list[dict[str, Any]], shape: Shape) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"TP={RANKS}, {shape.layers} layers of {shape.hidden_size}, "
-        f"{shape.message_bytes / 2**20:.2f} MiB per all-reduce"
-    )
-    columns = ("phase", "link", "standard\nms", "ladder\nms", "ladder", "control", "hidden")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "phase" else "right")
-    for row in rows:
-        ideal = row["ideal"] if row["ratio"] else None
-        table.add_row(
-            row["phase"],
-            f"{row['ratio']:g}" if row["ratio"] else "gloo",
-            f"{row['standard_ms']:.1f}",
-            f"{row['ladder_ms']:.1f}",
-            f"{row['ladder']:.2f}" + (f" ({ideal:.2f})" if ideal else ""),
-            f"{row['control']:.2f}",
-            f"{row['hidden']:.0%}" + (f" ({row['possible']:.0%})" if ideal else ""),
+def run(job: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Measure in two fresh processes; returns records by mode, and the spans of a trace."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        netns.pair() if job["real"] else nullcontext([None, None]) as names,
+    ):
+        job = {**job, "folder": folder}
+        ranks = []
+        for rank, name in enumerate(names):
+            inside = ["ip", "netns", "exec", name] if name else []
+            command = [*inside, sys.executable, __file__, "--rank", str(rank)]
+            device = netns.DEVICE if name else "lo"
+            environment = {
+                **os.environ,
+                "GLOO_SOCKET_IFNAME": device,
+                "LADDER_JOB": json.dumps(job),
+            }
+            ranks.append(subprocess.Popen(command, env=environment))
+        while any(codes := [process.poll() for process in ranks]) or None in codes:
+            if any(codes):
+                for process in ranks:
+                    process.kill()
+                sys.exit("a rank failed; its message is above")
+            time.sleep(0.2)
+        spans = Path(folder, "trace.json")
+        return (
+            json.loads(Path(folder, "records.json").read_text()),
+            json.loads(spans.read_text()) if spans.exists() else None,
         )
-    console = Console(soft_wrap=True)
-    console.print(table)
-    console.print(
-        "link: time of an all-reduce over compute of a module. ladder, and the control (the\n"
-        "ladder waiting at once): time over standard. hidden: share of that waiting which the\n"
-        "overlap saves. In brackets: the ideal."
-    )
 
 
-def plot(rows: list[dict[str, Any]], modules: int, path: Path) -> None:
-    """Ladder over standard against the speed of the link, with the ideal of the forward."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
-    for phase, colour in (("forward", "#DD8452"), ("step", "#4C72B0")):
-        points = [row for row in rows if row["phase"] == phase]
-        ratios = [row["ratio"] for row in points]
-        label = {"forward": "forward", "step": "forward and backward"}[phase]
-        axes.plot(ratios, [r["ladder"] for r in points], "o-", color=colour, label=label)
-        axes.plot(ratios, [r["control"] for r in points], "x:", color=colour, alpha=0.6)
-    longest = max(row["ratio"] for row in rows)
-    grid = [longest * i / 100 for i in range(101)]
-    ideal = [ideal_forward(ratio, modules) for ratio in grid]
-    axes.plot(grid, ideal, "--", color="grey", label="forward, ideal")
-    axes.plot([], [], "x:", color="grey", label="control: the ladder waiting at once")
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_title(f"Step time of the ladder, TP={RANKS} on the CPU over a virtual link")
-    axes.set_xlabel("time of an all-reduce / compute of a module (0: gloo as it is)")
-    axes.set_ylabel("ladder / standard")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def main() -> None:
+def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s")
     parser.add_argument(
@@ -171,22 +122,58 @@ def main() -> None:
         metavar="R",
         help="links, as time of an all-reduce over compute of a module; 0 is gloo as it is",
     )
-    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument(
+        "--real",
+        action="store_true",
+        help="also over a real link between two network namespaces, of limited rate; needs root",
+    )
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     for field in fields(Shape):
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=int, default=field.default)
-    arguments = parser.parse_args()
-    shape = Shape(**{field.name: getattr(arguments, field.name) for field in fields(Shape)})
+    return parser.parse_args(argv)
 
+
+def main() -> None:
+    arguments = arguments_of()
+    if arguments.rank is not None:
+        rank_main(arguments.rank, json.loads(os.environ["LADDER_JOB"]))
+        return
+    if arguments.real and (reason := netns.missing()) is not None:
+        sys.exit(f"--real: no link between network namespaces here: {reason}")
+    shape = Shape(**{field.name: getattr(arguments, field.name) for field in fields(Shape)})
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore")
-    records = run(shape, arguments.ratios, arguments.repetitions)
-    rows = summarise(records, arguments.ratios, shape.modules)
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     arguments.output.mkdir(parents=True, exist_ok=True)
-    result = {"shape": asdict(shape), "rows": rows, "repetitions": records}
-    (arguments.output / "overlap.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(rows, shape.modules, arguments.output / "overlap.png")
-    print_table(rows, shape)
-    print(f"written: {arguments.output}/overlap.json, overlap.png")
+    job = {
+        "shape": asdict(shape),
+        "ratios": arguments.ratios,
+        "repetitions": arguments.repetitions,
+        "modes": arguments.modes,
+    }
+    results: dict[str, Any] = {"shape": asdict(shape)}
+    for where in ("virtual link", *(["real link"] if arguments.real else [])):
+        real = where == "real link"
+        # A message of decoding is too small for a rate to matter.
+        modes = [mode for mode in arguments.modes if not (real and mode == "inference")]
+        ratios = [ratio for ratio in arguments.ratios if ratio or not real]
+        records, spans = run(
+            {**job, "modes": modes, "ratios": ratios, "real": real, "where": where}
+        )
+        rows = [row for found in records.values() for row in summarise(found)]
+        results[where] = {"rows": rows, "repetitions": records}
+        name = "overlap.png" if not real else "overlap_real.png"
+        plot(rows, arguments.output / name, f"Ladder, TP={RANKS} on the CPU, {where}")
+        print_table(rows, shape, RANKS, where)
+        if spans is not None:
+            from timeline import draw
+
+            (arguments.output / "trace.json").write_text(json.dumps(spans) + "\n")
+            draw(spans, arguments.output / "trace.png")
+    (arguments.output / "overlap.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written: {arguments.output}/overlap.json, overlap.png, trace.json, trace.png")
 
 
 if __name__ == "__main__":

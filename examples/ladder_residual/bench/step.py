@@ -1,152 +1,178 @@
-"""Time a training step of Megatron's transformer block, standard and ladder, in two processes."""
+"""Time steps of Megatron's models, interleaved, on the processes of one tensor-parallel group."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from link import Link
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of the benchmark."""
-
-    name: str
-    ladder: bool
-    connected: bool = True
-    """False: without communication, the bound."""
-    synchronous: bool = False
-    """True: the forward waits for each reduction at once, the control."""
-
-
-STANDARD = Variant("standard", ladder=False)
-LADDER = Variant("ladder", ladder=True)
-CONTROL = Variant("ladder, waiting at once", ladder=True, synchronous=True)
-STANDARD_BOUND = Variant("standard, no communication", ladder=False, connected=False)
-LADDER_BOUND = Variant("ladder, no communication", ladder=True, connected=False)
-BOUNDS = (STANDARD_BOUND, LADDER_BOUND)
-OVER_A_LINK = (STANDARD, LADDER, CONTROL)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The block and its input; the defaults reduce 1 MiB after each module."""
-
-    layers: int = 4
-    hidden_size: int = 512
-    heads: int = 8
-    sequence_length: int = 128
-    batch_size: int = 4
-
-    @property
-    def modules(self) -> int:
-        return 2 * self.layers
-
-    @property
-    def message_bytes(self) -> int:
-        """Of one all-reduce, in fp32."""
-        return 4 * self.sequence_length * self.batch_size * self.hidden_size
-
+import link as links
+from timeline import Watch
+from variants import (
+    BOUNDS,
+    OVER_A_LINK,
+    PARALLEL,
+    STANDARD_BOUND,
+    Shape,
+    Variant,
+    build_block,
+    build_model,
+)
 
 Times = dict[str, float]
-"""Milliseconds: ``forward``, and ``step`` (forward and backward)."""
+"""Milliseconds by phase."""
+MODES = ("training", "sequence parallel", "inference")
+TOKENS = 4
+"""Decoded after a prefill."""
 
 
-def build_block(shape: Shape, ladder: bool, ranks: int) -> Any:
-    """Megatron's own transformer block of local layers, with the plugin or without."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_block import TransformerBlock
-    from megatron.core.transformer.transformer_config import TransformerConfig
-    from torch.nn.functional import silu
+class Training:
+    """Forward and backward of a transformer block; phases ``forward`` and ``step``, or with
+    sequence parallelism ``sp forward`` and ``sp step``."""
 
-    from megatron_plugins.ladder_residual import adjust_config
-    from torch_plugins.config import LadderResidual
+    def __init__(self, shape: Shape, ranks: int, sequence_parallel: bool) -> None:
+        import torch
 
-    config = TransformerConfig(
-        num_layers=shape.layers,
-        hidden_size=shape.hidden_size,
-        num_attention_heads=shape.heads,
-        tensor_model_parallel_size=ranks,
-        use_cpu_initialization=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=silu,
-        persist_layer_norm=False,
-    )
-    if ladder:
-        config.megatron_plugins = {LadderResidual.key(): LadderResidual()}
-        adjust_config(config, LadderResidual())
-    block = TransformerBlock(config, get_gpt_layer_local_spec(normalization="RMSNorm"))
-    if all(hasattr(layer, "ladder") for layer in block.layers) != ladder:
-        raise RuntimeError("the plugin is off: unset MEGATRON_PLUGINS_DISABLE")
-    return block
+        kinds = ("standard", "ladder") if sequence_parallel else ("standard", "parallel", "ladder")
+        self.prefix = "sp " if sequence_parallel else ""
+        self.models = {kind: build_block(shape, kind, ranks, sequence_parallel) for kind in kinds}
+        parts = ranks if sequence_parallel else 1
+        size = (shape.sequence_length // parts, shape.batch_size, shape.hidden_size)
+        self.hidden_states = torch.randn(size, requires_grad=True)
+        self.gradient = torch.randn(size) / shape.hidden_size
+        self.scale = 1.0
+
+    def run(self, kind: str) -> Times:
+        start = time.perf_counter()
+        output = self.models[kind](self.hidden_states, attention_mask=None)
+        forward = time.perf_counter()
+        output.backward(self.gradient)
+        end = time.perf_counter()
+        self.models[kind].zero_grad()
+        times = {"forward": forward - start, "step": end - start}
+        return {self.prefix + phase: 1000 * seconds for phase, seconds in times.items()}
 
 
-class Bench:
-    """The blocks of one rank, its link, and a step to time."""
+class Inference:
+    """A GPT with a static context: ``prefill`` of the prompts, ``decode`` of a few tokens."""
 
     def __init__(self, shape: Shape, ranks: int) -> None:
         import torch
 
-        self.shape, self.link = shape, Link()
-        self.blocks = {ladder: build_block(shape, ladder, ranks) for ladder in (False, True)}
-        size = (shape.sequence_length, shape.batch_size, shape.hidden_size)
-        self.hidden_states = torch.randn(size, requires_grad=True)
-        self.gradient = torch.randn(size) / shape.hidden_size
-        self.link.install()
+        self.shape = shape
+        kinds = ("standard", "parallel", "ladder")
+        self.models = {kind: build_model(shape, kind, ranks) for kind in kinds}
+        self.tokens = torch.randint(0, 512, (shape.batch_size, shape.sequence_length + TOKENS))
+
+    def run(self, kind: str) -> Times:
+        import torch
+        from megatron.core.inference.contexts import StaticInferenceContext
+
+        length = self.shape.sequence_length
+        context = StaticInferenceContext(self.shape.batch_size, length + TOKENS)
+        times = []
+        with torch.no_grad():
+            for start, end in ((0, length), *((i, i + 1) for i in range(length, length + TOKENS))):
+                context.sequence_len_offset = start
+                part, begin = slice(start, end), time.perf_counter()
+                positions = torch.arange(start, end).expand(self.shape.batch_size, -1)
+                self.models[kind](self.tokens[:, part], positions, None, inference_context=context)
+                times.append(1000 * (time.perf_counter() - begin))
+        return {"prefill": times[0], "decode": sum(times[1:]) / TOKENS}
+
+
+def make(mode: str, shape: Shape, ranks: int) -> Any:
+    if mode == "inference":
+        return Inference(shape, ranks)
+    return Training(shape, ranks, mode == "sequence parallel")
+
+
+class Bench:
+    """The models of one rank over its link."""
+
+    def __init__(self, mode: str, shape: Shape, ranks: int) -> None:
+        self.shape, self.link = shape, links.install()
+        self.work = make(mode, shape, ranks)
+        self.variants = [
+            variant for variant in OVER_A_LINK if variant != PARALLEL or "parallel" in self.kinds
+        ]
+
+    def remove(self) -> None:
+        links.remove(self.link)
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        return tuple(self.work.models)
 
     def time(self, variant: Variant) -> Times:
-        """One forward and backward; all ranks start together."""
+        """All ranks start together."""
         import torch.distributed as dist
 
-        block, link = self.blocks[variant.ladder], self.link
-        link.connected = variant.connected
+        self.link.connected, self.link.synchronous = variant.connected, variant.synchronous
         dist.barrier()
-        start = time.perf_counter()
-        link.synchronous = variant.synchronous
-        output = block(self.hidden_states, attention_mask=None)
-        link.synchronous = False
-        forward = time.perf_counter()
-        output.backward(self.gradient)
-        end = time.perf_counter()
-        block.zero_grad()
-        return {"forward": (forward - start) * 1000, "step": (end - start) * 1000}
+        try:
+            return self.work.run(variant.kind)
+        finally:
+            self.link.connected, self.link.synchronous = True, False
 
 
-def measure(shape: Shape, ratios: list[float], repetitions: int, ranks: int) -> list[Any]:
+def modules_of(bench: Bench) -> dict[str, list[float]]:
+    """Milliseconds of each module's compute in the standard model, in the order in which they run;
+    ``forward`` is the prefill where there is a ``decode``."""
+    model = bench.work.models["standard"]
+    watch = Watch(getattr(model, "decoder", model))
+    bench.time(STANDARD_BOUND)
+    watch.remove()
+    taken = [(span["name"], 1000 * (span["end"] - span["start"])) for span in watch.spans]
+    backward = [time for name, time in taken if name.endswith("backward")]
+    forward = [time for name, time in taken if not name.endswith("backward")]
+    first = forward[: 2 * bench.shape.layers]
+    found = {"forward": first, "backward": backward}
+    return found | ({"decode": forward[-len(first) :]} if len(forward) > len(first) else {})
+
+
+def measure(
+    bench: Bench,
+    ratios: list[float],
+    repetitions: int,
+    modules: int,
+    set_link: Callable[[float], None],
+    say: Callable[[str], None],
+) -> list[Any]:
     """Interleaved measurements: every repetition runs every variant over every link.
 
     CPU speed drifts, so each repetition sets its links anew: an all-reduce takes ``ratio`` times
-    the compute of a module, as the repetition's own run without communication measured it. Ratio 0
-    is gloo as it is.
+    the compute of a module in the forward (prefill, and for decoding the decode), as the
+    repetition's own run without communication measured it. Ratio 0 is the network as it is.
+
+    Args:
+        set_link: is told how many seconds an all-reduce of the forward shall take.
 
     Returns:
-        Per repetition ``{"bounds": {variant: times}, "links": {ratio: {variant: times}}}``.
+        Per repetition ``bounds``, times by variant; ``modules``, compute by module; and ``links``,
+        times by phase, ratio and variant: a link's phase is the one whose compute it was set by.
     """
     import torch
     import torch.distributed as dist
 
-    bench = Bench(shape, ranks)
-    for variant in (*BOUNDS, *OVER_A_LINK):
+    for variant in (*BOUNDS, *bench.variants):
         bench.time(variant)
+        bench.time(variant)  # from the second on, a ladder layer knows the one that follows it
     records = []
     for repetition in range(repetitions):
         bounds = {variant.name: bench.time(variant) for variant in BOUNDS}
-        module = torch.tensor(bounds[STANDARD_BOUND.name]["forward"] / 1000 / shape.modules)
-        bench.link.connected = True
-        dist.broadcast(module, 0)
-        links = {}
-        for ratio in ratios:
-            bench.link.latency = ratio * module.item()
-            first = repetition % len(OVER_A_LINK)
-            order = OVER_A_LINK[first:] + OVER_A_LINK[:first]
-            links[ratio] = {variant.name: bench.time(variant) for variant in order}
-        bench.link.latency = 0.0
-        records.append({"bounds": bounds, "links": links})
-    bench.link.remove()
+        computes = modules_of(bench)
+        phases = [phase for phase in bounds[STANDARD_BOUND.name] if not phase.endswith("step")]
+        links: dict[str, Any] = {phase: {} for phase in phases}
+        for phase in phases:
+            module = torch.tensor(bounds[STANDARD_BOUND.name][phase] / 1000 / modules)
+            dist.broadcast(module, 0)
+            for ratio in ratios:
+                set_link(ratio * module.item())
+                first = repetition % len(bench.variants)
+                order = bench.variants[first:] + bench.variants[:first]
+                links[phase][str(ratio)] = {v.name: bench.time(v) for v in order}
+        set_link(0.0)
+        records.append({"bounds": bounds, "modules": computes, "links": links})
+        say(f"repetition {repetition + 1} of {repetitions}")
     return records
