@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -265,6 +267,17 @@ def test_estimate_command(capsys):
     sent = 2 * 8192 * 2 * 7 / 8 / 10e9
     assert slow["estimates"][0]["all_reduce_s"]["token"] == pytest.approx(50e-6 + sent)
     assert "does not fit" in run(capsys, "estimate", "--model", "llama-3.1-405b")
+    far = run(capsys, "estimate", "--model", "llama-3.1-405b", "--tp", "16", "--nodes", "2")
+    assert "Between nodes nothing is fitted" in far
+    assert "Between nodes" not in text
+
+
+def test_module_is_the_command():
+    command = [sys.executable, "-m", "torch_plugins.ladder_residual", "estimate"]
+    told = ["--standard-ms", "2", "--no-communication-ms", "1", "--contention", "0"]
+    done = subprocess.run([*command, *told], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "2.000x" in done.stdout
 
 
 def test_estimate_from_measured_times(capsys):

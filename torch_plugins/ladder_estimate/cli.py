@@ -80,7 +80,7 @@ def run_estimate(arguments: argparse.Namespace) -> None:
         report = {"constants": asdict(constants), "notes": notes, "estimates": estimate_rows(found)}
         print(json.dumps(report, indent=2))
         return None
-    print_estimate(title_of(arguments, len(layers), found), found, arguments.desync)
+    print_estimate(title_of(arguments, machine.nodes, len(layers), found), found, arguments.desync)
     print("\n".join(notes))
     return None
 
@@ -123,13 +123,13 @@ def constants_of(arguments: argparse.Namespace) -> Constants:
     return base if contention is None else replace(base, contention=contention)
 
 
-def title_of(arguments: argparse.Namespace, ladder: int, found: list[Estimate]) -> str:
+def title_of(arguments: argparse.Namespace, nodes: int, ladder: int, found: list[Estimate]) -> str:
     link = arguments.link
     if arguments.bandwidth is not None:
         link = f"{arguments.bandwidth:g} GB/s and {arguments.latency:g} us"
     return (
         f"{arguments.model or arguments.config}, {ladder} ladder layers, TP {arguments.tp} on "
-        f"{arguments.nodes} node{'s' * (arguments.nodes > 1)} of {arguments.gpu}, {link}; prompts "
+        f"{nodes} node{'s' * (nodes > 1)} of {arguments.gpu}, {link}; prompts "
         f"of {arguments.prompt}, {arguments.generate} generated; an all-reduce of a token's pass "
         f"{1e6 * found[0].decode.reduce:.1f} us"
     )
@@ -142,6 +142,11 @@ def notes_of(arguments: argparse.Namespace, shape: Shape, works: list[Work]) -> 
         notes.append("Nothing is fitted: every peak is reached, and kernels start at once.")
     else:
         notes.append("Shares of these peaks are fitted on the paper's 70B on H100, not on yours.")
+    if arguments.bandwidth is None and (arguments.nodes > 1 or arguments.link == "ib"):
+        notes.append(
+            "Between nodes nothing is fitted: the paper's 405B over two nodes gained more than "
+            "this says (check). Better: --bandwidth and --latency, as nccl-tests prints them."
+        )
     capacity = GPUS[arguments.gpu].capacity
     for work in works:
         needed = memory(shape, arguments.tp, work)
