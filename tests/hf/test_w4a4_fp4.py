@@ -36,6 +36,8 @@ def weights(grid: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.T
     rows = 2.0 ** torch.arange(-12, 13)[:, None]
     last = normal(3, 3)
     last[:, -1] = 100.0
+    border = normal(25, 3).clamp(-1, 1)
+    border[:, 5] = 1.75
     zeros = normal(3, 4)
     zeros[1], zeros[2, size : 2 * size] = 0, 0
     under = normal(2, 2) * 1e4  # and a block whose scale is 0 in e4m3
@@ -46,6 +48,7 @@ def weights(grid: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.T
         "rows of all sizes": normal(25, 4) * rows,
         "largest in the last block": last,
         "ties": torch.arange(-4 * size, 4 * size).reshape(2, -1) / 8,
+        "1.75 times powers of two": border * rows,
         "zeros": zeros,
         "only zeros": torch.zeros(2, size),
         "under e4m3": under,
