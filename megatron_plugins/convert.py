@@ -34,8 +34,9 @@ def parser() -> argparse.ArgumentParser:
         "       %(prog)s --from megatron CKPT --to DIR [--ladder-layers none] [--tokenizer PATH]\n"
         "       %(prog)s --load STOCK --save NEW --cla-... [--kv {mean,first}]",
         description="Make a checkpoint the start of another model, for retraining. Needs neither "
-        "Megatron nor a GPU, and memory for one layer. A new torch_dist checkpoint is a release: "
-        "weights only, training starts at iteration 0, at any tensor and pipeline parallel size.",
+        "Megatron nor a GPU. A new torch_dist checkpoint takes memory for one layer, and is a "
+        "release: weights only, training starts at iteration 0, at any tensor and pipeline "
+        "parallel size.",
     )
     folders = result.add_argument_group(
         "Hugging Face folders",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
+import platform
 import re
 import shlex
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -36,6 +40,10 @@ def converted(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = ("--from", kind, folders / kind, "--to", place / kind, "--ladder-layers", "last:2")
         assert convert.main([str(word) for word in words]) == 0
     return place
+
+
+ATTENTION = [f"self_attention.{name}" for name in ("core_attention", "linear_qkv", "linear_proj")]
+"""What has an extra state in the layers of TransformerEngine's spec, beside the MLP."""
 
 
 def stock_logits(folder: Path, ids: Tensor) -> Tensor:
@@ -71,6 +79,10 @@ def test_what_is_written(folders: Path, converted: Path) -> None:
     assert (llama.args.bf16, granite.args.bf16) == (True, False)
     assert llama.dtype("output_layer.weight") == torch.bfloat16
     assert "output_layer.weight" not in granite.tensors
+    states = {state.partition("._extra_state/")[0] for state in llama.states}
+    assert states == {"decoder.final_layernorm"} | {
+        f"decoder.layers.{module}" for module in ("mlp.linear_fc1", "mlp.linear_fc2", *ATTENTION)
+    }
     assert (llama.args.kv_channels, llama.args.num_query_groups) == (24, 2)
     assert (llama.args.use_rope_scaling, llama.args.layernorm_epsilon) == (True, 1e-6)
     assert (granite.args.mup_base_hidden_size, granite.args.mup_output_mult) == (16, 1.0)
@@ -103,11 +115,13 @@ def test_megatron_computes_the_same(folders: Path, converted: Path, tmp_path: Pa
 RUN = """
     --micro-batch-size 2 --global-batch-size 4 --train-iters 20 --exit-interval 1 --lr 0
     --weight-decay 0 --lr-decay-style constant --eval-interval 1000 --eval-iters 0
-    --log-interval 1 --save-interval 1000 --tokenizer-type NullTokenizer --vocab-size 301
+    --log-interval 1 --save-interval 1000 --tokenizer-type NullTokenizer
     --mock-data --num-workers 0 --use-cpu-initialization --seq-length 32 --use-checkpoint-args
     --make-vocab-size-divisible-by 1
 """
 """One iteration that changes nothing; the model is the checkpoint's."""
+TOKENS = 300 if version("megatron-core").startswith("0.17") else 301
+"""0.17 adds one."""
 
 
 @pytest.mark.parametrize(
@@ -130,6 +144,7 @@ def test_megatron_trains_from_it_and_back(
     without the ladder, the folder bit for bit. Of 301 tokens two ranks make 302."""
     run = train(
         *flags.split(),
+        *("--vocab-size", TOKENS),
         *("--load", converted / kind, "--save", tmp_path / "saved"),
         processes=2,
         tiny=shlex.split(RUN),
@@ -186,21 +201,27 @@ def peak(action: Callable[[], object]) -> int:
     def kilobytes(name: str) -> int:
         return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1])  # type: ignore[index]
 
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free would be used first, and not seen
     clear.write_text("5")  # the peak is forgotten
     before = kilobytes("VmRSS")
     action()
     return (kilobytes("VmHWM") - before) * 1024
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells")
-def test_memory_of_one_layer(tmp_path: Path) -> None:
-    """Weights of 150 MB in 24 layers, written and compared."""
-    sizes = {"hidden_size": 256, "intermediate_size": 1792, "num_hidden_layers": 24}
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="Linux alone tells")
+def test_memory_of_one_layer(folders: Path, tmp_path: Path) -> None:
+    """Weights of 76 MB in 24 layers, written and compared."""
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 24}
     config = LlamaConfig(**SIZES | sizes, tie_word_embeddings=True)
     source = save(config, tmp_path / "source")
     total = (source / "model.safetensors").stat().st_size
-    words = ("--from", "llama", source, "--to")
-    convert.main([*map(str, words), str(tmp_path / "warm")])
-    grown = peak(lambda: convert.main([*map(str, words), str(tmp_path / "new")]))
-    assert total > 140e6
-    assert grown < total / 5, f"{grown / 1e6:.0f} MB of {total / 1e6:.0f} MB"
+
+    def written(source: Path, name: str) -> None:
+        words = ("--from", "llama", source, "--to", tmp_path / name)
+        assert convert.main([str(word) for word in words]) == 0
+
+    written(folders / "llama", "warm")
+    grown = peak(lambda: written(source, "new"))
+    assert total > 75e6
+    assert grown < total / 2, f"{grown / 1e6:.0f} MB of {total / 1e6:.0f} MB"

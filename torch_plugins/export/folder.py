@@ -83,7 +83,8 @@ class Folder:
 
         with safe_open(self.path / self._file[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
-        if not torch.isfinite(tensor).all():
+        # Part by part: the check of a whole tensor takes more memory than the tensor.
+        if not all(torch.isfinite(part).all() for part in tensor.split(1024)):
             raise ConfigError(f"{self.path}: {name} has infinite or NaN values")
         return tensor
 
