@@ -65,6 +65,14 @@ AGAINST_RECURRENCE: dict[str, tuple[str, dict[str, Any]]] = {
         "all",
         {**LLAMA, "recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]},
     ),
+    "recompute-norm-sequence-parallel": (
+        "all",
+        {**SP, "recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+    ),
+    "recompute-mlp-sequence-parallel": (
+        "all",
+        {**LLAMA, **SP, "recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    ),
     "mlp-chunks": ("all", dict(mlp_chunks_for_training=2)),
     "moe": ("all", {**MOE, **SP, "moe_token_dispatcher_type": "alltoall"}),
     "moe-allgather-partial": ("last:2", {**MOE, **SP, "moe_token_dispatcher_type": "allgather"}),
