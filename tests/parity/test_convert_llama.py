@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from megatron_plugins import convert
+from megatron_plugins import convert, power_mup
 from megatron_plugins.arguments import features_of
 from megatron_plugins.export import verify
 from megatron_plugins.export.checkpoint import Checkpoint, find_iteration
 from megatron_plugins.export.reference_tensors import ReferenceTensors
+from megatron_plugins.from_hf.arguments import arguments
 from tests.megatron.harness import train
 from tests.parity.conftest import Case
 from tests.parity.llama_folders import KINDS, MULTIPLIERS, SIZES, save
@@ -30,6 +31,7 @@ from torch_plugins import reference
 from torch_plugins.config import LadderResidual, PowerMup
 from torch_plugins.export.folder import Folder
 from torch_plugins.export.layerwise import folder_logits
+from torch_plugins.hf import PluginDecoderConfig
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,24 @@ def test_megatron_computes_the_same(folders: Path, converted: Path, tmp_path: Pa
         assert (found - expected).abs().max().item() <= limit
         alone = folder_logits(Folder(folders / kind), case.input_ids)
         assert torch.equal(alone, expected)
+
+
+@pytest.mark.parametrize(
+    "multipliers",
+    [(12.0, 0.22, 1 / 16, 4.0), (1.0, 1.0, 0.25, 3.0), (2.5, 1.0, 0.07, 0.5), (1.0, 0.5, 0.25, 49)],
+)
+def test_multipliers(multipliers: tuple[float, ...]) -> None:
+    """Whatever they are, the exporter finds them again; the width is that of a base model where the
+    logits' is a whole number."""
+    names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier")
+    given = dict(zip((*names, "logits_scaling"), multipliers, strict=True))
+    config = PluginDecoderConfig(
+        **SIZES, **given, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+    )
+    args = arguments(config, torch.float32)
+    assert power_mup.multipliers(args) == pytest.approx(given, rel=1e-15, abs=0)
+    scaling = given["logits_scaling"]
+    assert args.mup_base_hidden_size == (64 / scaling if scaling in (4, 0.5) else None)
 
 
 RUN = """

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,6 +165,18 @@ def test_words(words: str, message: str, folders: Path, capsys: pytest.CaptureFi
     told = refused(capsys, *words.format(folders / "llama").split())
     assert message in told, told
     assert not Path("x").exists()
+
+
+def test_a_full_disk_is_seen_before(
+    folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=300_000))
+    words = ("--from", "llama", folders / "llama", "--to", tmp_path / "new")
+    assert "0.0 GB are needed" in refused(capsys, *words)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_stays_of_a_failure(
