@@ -15,6 +15,7 @@ import functools
 import json
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from tests.megatron.ladder_table import (
     GPT,
     LAYERS,
     LLAMA,
+    RECOMPUTED_NORM,
     SEQUENCE,
     SP,
     VOCAB,
@@ -320,15 +322,16 @@ def order(**options: Any) -> dict[str, Any]:
     return {"forward": forward, "backward": events}
 
 
-def all_reduces() -> dict[str, Any]:
-    """All-reduces in a forward and backward: the ladder adds none, with recompute or without."""
+def collectives(**options: Any) -> dict[str, Any]:
+    """In a forward and backward: the ladder adds none, with recompute or without."""
 
-    def count(model: GPTModel) -> int:
+    def count(model: GPTModel) -> dict[str, int]:
+        backward(model(*inputs()))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             backward(model(*inputs()))
-        return sum(event.name == "c10d::allreduce_" for event in profile.events())
+        return Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))
 
-    model, stock = pair("all")
+    model, stock = pair("all", **options)
     return {"ladder": count(model), "standard": count(stock)}
 
 
@@ -389,7 +392,11 @@ def main(output: str) -> None:
         "late-recompute": lambda: never_read_early(**FULL),
         "order": order,
         "order-sequence-parallel": lambda: order(**SP),
-        "all-reduces": all_reduces,
+        "order-recompute-norm": lambda: order(**SP, **RECOMPUTED_NORM),
+        "collectives": collectives,
+        "collectives-recompute": lambda: collectives(**FULL),
+        "collectives-sequence-parallel": lambda: collectives(**SP),
+        "collectives-recompute-sequence-parallel": lambda: collectives(**SP, **FULL),
         "static-inference": static_inference,
         "static-inference-llama": lambda: static_inference(**LLAMA),
     }

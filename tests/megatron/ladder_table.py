@@ -35,6 +35,7 @@ MOE = dict(num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=32, add_bia
 SP = dict(sequence_parallel=True)
 BF16 = dict(bf16=True, params_dtype=torch.bfloat16)
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+RECOMPUTED_NORM = dict(recompute_granularity="selective", recompute_modules=["layernorm"])
 
 AGAINST_RECURRENCE: dict[str, tuple[str, dict[str, Any]]] = {
     "all": ("all", {}),
@@ -56,19 +57,13 @@ AGAINST_RECURRENCE: dict[str, tuple[str, dict[str, Any]]] = {
     "recompute-sequence-parallel": ("1-3", {**FULL, **SP}),
     "recompute-distributed": ("all", {**FULL, "distribute_saved_activations": True}),
     "recompute-core-attention": ("all", dict(recompute_granularity="selective")),
-    "recompute-norm": (
-        "last:3",
-        dict(recompute_granularity="selective", recompute_modules=["layernorm"]),
-    ),
+    "recompute-norm": ("last:3", RECOMPUTED_NORM),
     # Without biases: Megatron 0.19.2 recomputing an MLP that returns one recurses for ever.
     "recompute-norm-mlp": (
         "all",
         {**LLAMA, "recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]},
     ),
-    "recompute-norm-sequence-parallel": (
-        "all",
-        {**SP, "recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
-    ),
+    "recompute-norm-sequence-parallel": ("all", {**SP, **RECOMPUTED_NORM}),
     "recompute-mlp-sequence-parallel": (
         "all",
         {**LLAMA, **SP, "recompute_granularity": "selective", "recompute_modules": ["mlp"]},

@@ -111,8 +111,19 @@ def test_a_sequence_parallel_module_begins_under_the_one_before(cases: dict[str,
         assert places == sorted(places)
 
 
-def test_the_ladder_adds_no_all_reduce(cases: dict[str, Any]) -> None:
-    assert cases["all-reduces"]["ladder"] == cases["all-reduces"]["standard"] > 0
+def test_a_norm_that_is_recomputed_does_not_begin_early(cases: dict[str, Any]) -> None:
+    """It would be kept, which recomputing it is to avoid."""
+    events = cases["order-recompute-norm"]["forward"]
+    for n in range(8):
+        assert events.index(f"wait its input {n}") == events.index(f"launch its input {n}") + 1
+
+
+@pytest.mark.parametrize("recompute", ["", "-recompute"])
+@pytest.mark.parametrize("layout", ["", "-sequence-parallel"])
+def test_the_ladder_adds_no_collective(cases: dict[str, Any], recompute: str, layout: str) -> None:
+    case = cases[f"collectives{recompute}{layout}"]
+    assert case["ladder"] == case["standard"]
+    assert sum(case["ladder"].values()) > 16
 
 
 @pytest.mark.parametrize("name", ["static-inference", "static-inference-llama"])
@@ -194,6 +205,14 @@ def test_data_parallel_with_distributed_optimizer(standard: Path, ladder: Run) -
     flags = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
     run = train(*BIG, "--load", standard, "--finetune", *LADDER, *flags, processes=2)
     assert_same(run, ladder)
+
+
+@pytest.mark.parametrize("tensor", [TP2, SP], ids=["tp2", "sequence parallel"])
+def test_both_with_accumulation(standard: Path, ladder: Run, tensor: tuple[Any, ...]) -> None:
+    """Two microbatches a step, the first under ``no_sync``, on two tensor and two data ranks."""
+    flags = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+    start = (*BIG, "--load", standard, "--finetune", *LADDER)
+    assert_same(train(*start, *tensor, *flags, processes=4), ladder)
 
 
 def test_resume_equals_the_straight_run(standard: Path, tmp_path: Path, ladder: Run) -> None:

@@ -165,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
         help="linear layers in the decoder layers: a comma list of shell patterns, '!' excludes",
     )
     add("--device", default="cpu", help="where layers are computed; default: %(default)s")
-    add("--dtype", choices=DTYPES, help="of other tensors and scales; default: the model's")
+    add("--dtype", choices=DTYPES, help="of the rest; default: the model's, scales in fp32")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="default: %(default)s")
     add("--force", action="store_true", help="replace a model folder at OUTPUT")
     add("--restart", action="store_true", help="forget an interrupted run; else it is continued")

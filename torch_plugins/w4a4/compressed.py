@@ -6,7 +6,7 @@ For each quantized linear layer, in place of its ``weight``:
 tensor                dtype, shape   meaning
 ====================  =============  ===========================================================
 weight_packed         int32          codes; see :mod:`torch_plugins.ops.int4`
-weight_scale          ``[O, G]``     in the dtype of the model
+weight_scale          ``[O, G]``     fp32, or as ``--dtype`` says
 weight_shape          int64 ``[2]``  O, I
 input_scale           fp32 ``[1]``   with static activations
 input_zero_point      fp32 ``[1]``   with asymmetric ones: compressed-tensors computes with the
