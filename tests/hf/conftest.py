@@ -16,7 +16,7 @@ TINY = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config():
     def make(**fields):
         return PluginDecoderConfig(**{**TINY, **fields})
@@ -24,7 +24,7 @@ def make_config():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(make_config):
     """Model in eval mode, with large random weights (biases and norms too), so that errors show."""
 
@@ -39,7 +39,7 @@ def make_model(make_config):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokens():
     def draw(batch=2, length=7, seed=1):
         generator = torch.Generator().manual_seed(seed)

@@ -22,23 +22,32 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..config import ConfigError
-from ..ladder_residual import Streams, apply_layer, initial_streams
 from .attention import PluginDecoderAttention, PluginDecoderRotaryEmbedding
 from .configuration_plugin_decoder import PluginDecoderConfig
 from .experts import PluginDecoderDenseMoE, PluginDecoderDenseMoEAttention, set_experts
 from .mlp import PluginDecoderMLP
 from .norm import build_norm
+from .parallel import check, overlap
 from .router import PluginDecoderRouter
 
 CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
 """What the running transformers calls the key-value cache: 5.24 renamed it. Both are accepted."""
 
-State = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""Between layers: hidden states, attention states of a ladder, keys and values of a group."""
+State = tuple[Tensor | None, ...]
+"""Between layers: hidden states, attention states of a ladder, keys and values of a group, and an
+output of an MLP that is still to be added."""
 
 
 class PluginDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP around the residual stream, standard or ladder, producer or consumer."""
+    """Attention and MLP around the residual stream, standard or ladder, producer or consumer.
+
+    A ladder's modules read the stream one module early (arXiv 2501.06589, section 3), and their
+    outputs are added one module late: under tensor parallelism an output may be in flight until
+    then (:mod:`~torch_plugins.hf.parallel`).
+    """
+
+    hands_over = False
+    """Whether the next layer adds the MLP's output; only where that is a ladder layer."""
 
     def __init__(self, config: PluginDecoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -61,42 +70,50 @@ class PluginDecoderLayer(GradientCheckpointingLayer):
         attention_states: Tensor | None = None,
         key: Tensor | None = None,
         value: Tensor | None = None,
+        pending: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | State:
         """One layer.
 
         Args:
-            hidden_states, attention_states: the streams; the second only in a model with ladder
-                layers.
+            hidden_states, attention_states: the stream after the MLP of the layer before, and after
+                its attention; the second only in a model with ladder layers.
             key, value: of the sharing group, passed on by every layer in it.
+            pending: the MLP's output of the layer before, ``[B, S, D]``, where that is not in
+                ``hidden_states`` yet, which then are the stream after its attention.
 
         Tensors with a gradient are positional, and outputs where later layers read them: reentrant
         checkpointing asks for it. Returns the hidden states alone where there is nothing else.
         """
-
-        def attention(x: Tensor) -> Tensor:
-            nonlocal key, value
-            out, _, key, value = self.self_attn(self.input_layernorm(x), x, key, value, **kwargs)
-            return out * self.residual_multiplier
-
-        def mlp(x: Tensor) -> Tensor:
-            return self.mlp(self.post_attention_layernorm(x)) * self.residual_multiplier
-
-        has_ladder = attention_states is not None
-        streams = (
-            Streams(hidden_states, attention_states)
-            if attention_states is not None
-            else initial_streams(hidden_states)
-        )
-        streams = apply_layer(streams, attention, mlp, self.ladder)
+        has_ladder = attention_states is not None or pending is not None
+        early = hidden_states
+        if self.ladder and attention_states is not None:
+            early = attention_states
+        normed = self.input_layernorm(early)
+        attended, _, key, value = self.self_attn(normed, early, key, value, **kwargs)
+        if pending is not None:
+            hidden_states = self._add(hidden_states, pending)
+        if self.ladder:
+            out = self.mlp(self.post_attention_layernorm(hidden_states))
+            attention_states = self._add(hidden_states, attended, self.self_attn)
+        else:
+            attention_states = self._add(hidden_states, attended, self.self_attn)
+            out = self.mlp(self.post_attention_layernorm(attention_states))
+        shared = (key, value) if self.shares_kv else (None, None)
+        if self.hands_over and not self._watched():
+            return attention_states, None, *shared, out
+        hidden_states = self._add(attention_states, out, self.mlp)
         if not has_ladder and not self.shares_kv:
-            return streams.hidden_states
-        return (
-            streams.hidden_states,
-            streams.attention_states if has_ladder else None,
-            key if self.shares_kv else None,
-            value if self.shares_kv else None,
-        )
+            return hidden_states
+        return hidden_states, attention_states if has_ladder else None, *shared
+
+    def _add(self, stream: Tensor, out: Tensor, module: nn.Module | None = None) -> Tensor:
+        """``stream`` with the output of ``module``; None: of the MLP of the layer before."""
+        return stream + out * self.residual_multiplier
+
+    def _watched(self) -> bool:
+        """Whether a hook may read the hidden states that the layer returns."""
+        return bool(self._forward_hooks)
 
 
 class PluginDecoderPreTrainedModel(PreTrainedModel):
@@ -121,6 +138,12 @@ class PluginDecoderPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, PluginDecoderRouter):
             initialization.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+
+    def _resolve_parallel_plans(self, distributed_config: Any) -> tuple[dict[str, str], ...]:
+        """Transformers' plans by name of a module, with what a ladder overlaps."""
+        check(self.config, distributed_config.tp_size)
+        plan, *others = super()._resolve_parallel_plans(distributed_config)
+        return overlap(self, plan), *others
 
     def set_experts(self, **choice: Any) -> None:
         """Choose the experts that evaluation and generation compute from now on; training computes
@@ -218,10 +241,10 @@ class PluginDecoderModel(PluginDecoderPreTrainedModel):
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids) if rope else None,
         }
         embedding = self._embed(inputs_embeds, position_ids)
-        state: State = (embedding, embedding if self.has_ladder else None, None, None)
+        state: State = (embedding, embedding if self.has_ladder else None)
         for layer in self.layers:
             out = layer(*state, **kwargs)
-            state = out if isinstance(out, tuple) else (out, None, None, None)
+            state = out if isinstance(out, tuple) else (out,)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(state[0]), **{CACHE: cache})
 
 

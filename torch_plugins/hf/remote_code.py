@@ -24,7 +24,6 @@ SOURCES = (
     "../dense_moe_attention.py",
     "../dense_moe_config.py",
     "../feature.py",
-    "../ladder_residual.py",
     "../w4a4_config.py",
     "attention.py",
     "configuration_plugin_decoder.py",
@@ -32,6 +31,7 @@ SOURCES = (
     "mlp.py",
     "modeling_plugin_decoder.py",
     "norm.py",
+    "parallel.py",
     "remote_code.py",
     "router.py",
 )
