@@ -84,8 +84,6 @@ class AsyncLinearAllreduce(LinearAllreduce):
 class OverlappedLayer(PluginDecoderLayer):
     """A layer of the decoder whose outputs are pending while the next module runs."""
 
-    hands_over = False
-    """The next layer is a ladder layer, and adds this one's MLP output."""
     wait_before: Callable[[], None] = staticmethod(lambda: None)
     """Waits for the MLP output of the layer before."""
 
@@ -96,45 +94,15 @@ class OverlappedLayer(PluginDecoderLayer):
             self.wait_before()
         return super().__call__(*args, **kwargs)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_states: Tensor | None = None,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        pending: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As the decoder's layer, with one more tensor between layers.
-
-        Args:
-            pending: MLP output of the layer before, ``[B, S, D]``. ``hidden_states`` is then the
-                stream without it, the stream that a ladder's attention reads.
-            hidden_states, attention_states, key, value: as in the decoder's layer.
-        """
-        o_proj: Any = self.self_attn.o_proj
-        down_proj: Any = self.mlp.down_proj
-        stale = hidden_states
-        if self.ladder and pending is None and attention_states is not None:
-            stale = attention_states
-        normed = self.input_layernorm(stale)
-        attended, _, key, value = self.self_attn(normed, stale, key, value, **kwargs)
-        if pending is not None:
+    def _add(self, stream: Tensor, out: Tensor, module: Any = None) -> Tensor:
+        """As the decoder's layer, which adds an output when the next module has run; waits."""
+        if module is None:
             self.wait_before()
-            hidden_states = hidden_states + pending * self.residual_multiplier
-        if self.ladder:
-            out = self.mlp(self.post_attention_layernorm(hidden_states))
-            o_proj.wait()
-            attention_states = hidden_states + attended * self.residual_multiplier
         else:
-            attention_states = hidden_states + attended * self.residual_multiplier
-            out = self.mlp(self.post_attention_layernorm(attention_states))
-        shared = (key, value) if self.shares_kv else (None, None)
-        if self.hands_over and not self._watched():
-            return attention_states, None, *shared, out
-        if self.hands_over:
-            down_proj.wait()
-        return attention_states + out * self.residual_multiplier, attention_states, *shared
+            last = module.o_proj if module is self.self_attn else module.down_proj
+            if isinstance(last, AsyncLinearAllreduce):
+                last.wait()
+        return super()._add(stream, out, module)
 
     def _watched(self) -> bool:
         """Whether a hook may read the hidden states that the layer returns; ZeRO's do not."""

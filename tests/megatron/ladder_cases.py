@@ -39,6 +39,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_plugins import reduction
+from tests.megatron.ladder_order import notes
 from tests.megatron.ladder_table import (
     AGAINST_RECURRENCE,
     BATCH,
@@ -276,46 +277,12 @@ def never_read_early(**options: Any) -> dict[str, Any]:
 
 
 def order(**options: Any) -> dict[str, Any]:
-    """What happens in a forward and in its backward, in order: modules that start, weights that
-    have their gradients, collectives that are launched and waited for. Module 2 l is the attention
-    of layer l, and 2 l + 1 its MLP."""
-    events: list[str] = []
+    """What happens in a forward and in its backward, in order."""
     model, _ = pair("all", **options)
-    for index, layer in enumerate(model.decoder.layers):
-        parts = (
-            (layer.self_attention, "linear_qkv", "linear_proj"),
-            (layer.mlp, "linear_fc1", "linear_fc2"),
-        )
-        for at, (module, column, row) in enumerate(parts):
-            n = 2 * index + at
-            module.register_forward_pre_hook(lambda *_, n=n: events.append(f"start {n}"))
-            for what, name in (("column", column), ("row", row)):
-                getattr(module, name).weight.register_post_accumulate_grad_hook(
-                    lambda _, what=what, n=n: events.append(f"{what} {n}")
-                )
-
-    class Noted(reduction.InFlight):
-        """``layer 1, mlp, backward`` is said as ``backward 3``."""
-
-        @property
-        def said(self) -> str:
-            layer, module, *rest = self.what.split(", ")
-            n = 2 * int(layer.removeprefix("layer ")) + (module == "mlp")
-            return f"{rest[0] if rest else 'output'} {n}"
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            if name == "work" and value is not None:
-                events.append(f"launch {self.said}")
-            super().__setattr__(name, value)
-
-        def wait(self) -> None:
-            if self.work is not None:
-                events.append(f"wait {self.said}")
-            super().wait()
-
+    events, noted = notes(model)
     backward(model(*inputs()))  # from the second step on, a layer knows the one that follows it
     events.clear()
-    with replaced(InFlight=Noted):
+    with replaced(InFlight=noted):
         logits = model(*inputs())
         forward, events[:] = list(events), []
         backward(logits)
@@ -352,6 +319,20 @@ def static_inference(**options: Any) -> dict[str, Any]:
             parts.append(model(tokens[:, last], positions[:, last], None, **cached))
     last = SEQUENCE - 8  # 0.17 gives the logits of a prompt's last token only
     return {"logits": (torch.cat(parts, dim=1)[:, -8:] - full[:, last:]).abs().max().item()}
+
+
+def static_order() -> dict[str, Any]:
+    """What happens in a prompt and in one token behind it, in order."""
+    model, _ = pair("all")
+    events, noted = notes(model.eval())
+    tokens, positions, mask = inputs()
+    context = StaticInferenceContext(BATCH, SEQUENCE)
+    with torch.no_grad(), replaced(InFlight=noted):
+        model(tokens[:, :9], positions[:, :9], mask[..., :9, :9], inference_context=context)
+        prefill, events[:] = list(events), []
+        context.sequence_len_offset = 9
+        model(tokens[:, 9:10], positions[:, 9:10], None, inference_context=context)
+    return {"prefill": prefill, "decode": events}
 
 
 def start(minutes: float = 30) -> None:
@@ -397,6 +378,7 @@ def main(output: str) -> None:
         "collectives-recompute": lambda: collectives(**FULL),
         "collectives-sequence-parallel": lambda: collectives(**SP),
         "collectives-recompute-sequence-parallel": lambda: collectives(**SP, **FULL),
+        "static-order": static_order,
         "static-inference": static_inference,
         "static-inference-llama": lambda: static_inference(**LLAMA),
     }

@@ -67,9 +67,15 @@ def test_a_buffer_in_flight_is_never_read(cases: dict[str, Any], name: str) -> N
     assert cases[name]["gradients"] <= 0
 
 
-def test_every_reduction_overlaps_the_next_module(cases: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "phase"),
+    [("order", "forward"), ("static-order", "prefill"), ("static-order", "decode")],
+)
+def test_every_reduction_overlaps_the_next_module(
+    cases: dict[str, Any], name: str, phase: str
+) -> None:
     """Reduction n is launched before module n + 1 starts, and waited for after it ran."""
-    events = cases["order"]["forward"]
+    events = cases[name][phase]
     launches = [event for event in events if event.startswith("launch")]
     # the eighth module's is its linear's own
     assert launches == [f"launch output {n}" for n in range(7)]
