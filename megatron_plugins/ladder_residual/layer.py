@@ -235,6 +235,7 @@ def ladder_layer_class(base: type) -> type:
         ) -> tuple[Tensor, Carry | None]:
             """Megatron's forward; ``context`` holds the pending MLP output of the layer before."""
             place = self.ladder
+            self._pending = self._completed = None  # an interrupted forward may have left some
             pending_output = carry.get(context, PENDING)
             if place.enters_stage:
                 hidden_states, pending_output = (

@@ -98,6 +98,21 @@ def nothing_hidden() -> Iterator[None]:
         yield
 
 
+def interrupt(model: Any) -> None:
+    """A forward that ends in the middle of a module, with the next one begun."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for layer, name in ((1, "linear_proj"), (2, "linear_fc2")):
+        module = dict(model.decoder.layers[layer].named_modules())
+        (found,) = (value for key, value in module.items() if key.endswith(name))
+        handle = found.register_forward_pre_hook(stop)
+        with contextlib.suppress(KeyboardInterrupt):
+            model(*tokens(99))
+        handle.remove()
+
+
 def count(case: str) -> int:
     return 2 if case.startswith("two-microbatches") else 1
 
@@ -126,6 +141,7 @@ def compare(case: str, folder: Path) -> dict[str, Any]:
         for name, parameter in model.named_parameters():
             parameter.data.copy_(shard(whole[f"weight.{name}"], name, parameter, gated))
         step(model, 1)  # from the second on, a layer knows the one that follows it
+        interrupt(model)
         results.append(step(model, count(case)))
     (logits, gradients), (plain_logits, plain) = results
     parameters = dict(model.named_parameters())

@@ -50,6 +50,10 @@ AGAINST_RECURRENCE: dict[str, tuple[str, dict[str, Any]]] = {
     "sequence-parallel-partial": ("1,3", SP),
     "bf16": ("all", BF16),
     "fp32-residual": ("all", {**BF16, "fp32_residual_connection": True}),
+    "fp32-residual-sequence-parallel": (
+        "all",
+        {**BF16, **SP, "fp32_residual_connection": True},
+    ),
     "fp32-residual-partial": ("1-2", {**BF16, "fp32_residual_connection": True}),
     "recompute-uniform-1": ("all", FULL),
     "recompute-uniform-2": ("last:3", {**FULL, "recompute_num_layers": 2}),
