@@ -276,9 +276,9 @@ def never_read_early(**options: Any) -> dict[str, Any]:
     return {"logits": (A - B).abs().max().item(), "gradients": difference(a, b)}
 
 
-def order(**options: Any) -> dict[str, Any]:
+def order(ladder: str = "all", **options: Any) -> dict[str, Any]:
     """What happens in a forward and in its backward, in order."""
-    model, _ = pair("all", **options)
+    model, _ = pair(ladder, **options)
     events, noted = notes(model)
     backward(model(*inputs()))  # from the second step on, a layer knows the one that follows it
     events.clear()
@@ -372,6 +372,7 @@ def main(output: str) -> None:
         "late-sequence-parallel": lambda: never_read_early(**SP),
         "late-recompute": lambda: never_read_early(**FULL),
         "order": order,
+        "order-partial": lambda: order("2-3"),
         "order-sequence-parallel": lambda: order(**SP),
         "order-recompute-norm": lambda: order(**SP, **RECOMPUTED_NORM),
         "collectives": collectives,

@@ -86,16 +86,20 @@ def test_every_reduction_overlaps_the_next_module(
             assert waited > events.index(f"launch output {n + 1}")
 
 
-def test_every_gradients_reduction_overlaps_the_module_before(cases: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "first"), [("order", 1), ("order-partial", 4)])
+def test_every_gradients_reduction_overlaps_the_module_before(
+    cases: dict[str, Any], name: str, first: int
+) -> None:
     """That of module n's input is launched after dgrad, and all weights of n - 1 have their
     gradients before it is waited for."""
-    events = cases["order"]["backward"]
-    for n in range(1, 8):
+    events = cases[name]["backward"]
+    for n in range(first, 8):
         launched = events.index(f"launch gradient of its input {n}")
         waited = events.index(f"wait gradient of its input {n}")
         own = [events.index(f"{what} {n}") for what in ("row", "column")]
         before = [events.index(f"{what} {n - 1}") for what in ("row", "column")]
         assert own[0] < launched < own[1] < min(before) < max(before) < waited
+    assert len([event for event in events if event.startswith("wait")]) == 8 - first + 1
 
 
 def test_a_sequence_parallel_module_begins_under_the_one_before(cases: dict[str, Any]) -> None:
