@@ -206,10 +206,10 @@ def test_folder_runs_on_its_own_code(
 
     def incomplete(folder: Path, *args: Any) -> str:
         result = write_model(folder, *args)
-        (folder / "ladder_residual.py").unlink()
+        (folder / "mlp.py").unlink()
         return result
 
     monkeypatch.setattr(run, "write_model", incomplete)
-    with pytest.raises(VerificationError, match=r"does not load.*ladder_residual\.py"):
+    with pytest.raises(VerificationError, match=r"does not load.*mlp\.py"):
         export(checkpoints / "ladder-last2-tp2", place / "out")
     assert list(place.iterdir()) == []
