@@ -15,6 +15,8 @@ The pending MLP output travels to the next layer in the :class:`~megatron_plugin
 so through activation recomputation); across a pipeline boundary it travels beside the stream as
 [s, b, 2h], with its bias and dropout already applied.
 
+A layer with one module only, as in a hybrid stack, adds its output as a layer adds its MLP's.
+
 How the collectives of its column-parallel linears are hidden as well: ``overlap.py``.
 
 In a partial ladder the layer before the first ladder layer keeps its own residual, but hands over
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ from megatron_plugins.ladder_residual import overlap
 from megatron_plugins.reduction import InFlight, keep_partial_sums, reduce_async
 from torch_plugins.config import ConfigError, LadderResidual
 
-PENDING = "pending MLP output"
+PENDING = "pending output"
 
 Add = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 """Megatron's bias-dropout-add: ``(output, bias), residual, dropout -> residual'``."""
@@ -76,7 +78,7 @@ class Position:
     ladder: bool
     """It is a ladder layer: its attention output is pending while its MLP runs."""
     hands_over: bool
-    """The next layer is a ladder layer: its MLP output stays pending."""
+    """The next layer is a ladder layer: the output of its last module stays pending."""
     enters_stage: bool
     """First layer of a pipeline stage whose stream comes with a pending output, [s, b, 2h]."""
     leaves_stage: bool
@@ -104,7 +106,7 @@ class Stage:
     """What the layers of one block share, by the layer's index."""
 
     handovers: dict[int, Pending] = field(default_factory=dict)
-    """Of the MLP, for the next layer."""
+    """Of its last module, for the next layer."""
     places: overlap.Places = field(default_factory=dict)
 
 
@@ -125,6 +127,8 @@ def ladder_layer_class(base: type) -> type:
         def __init__(self, *args: Any, ladder: Position, stage: Stage, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.ladder, self.stage = ladder, stage
+            self.numbers = overlap.numbers(self)
+            last = list(self.numbers)[-1]
             self._add: dict[str, Any] = {"attention": self.self_attn_bda, "mlp": self.mlp_bda}
             self._pending: tuple[Tensor, Pending] | None = None
             """Output of the module before the one that runs."""
@@ -135,14 +139,19 @@ def ladder_layer_class(base: type) -> type:
             """The two together, where the sum was needed before the module's end."""
             self.following: tuple[Any, ...] = ()
             """The layer after this one, once it has run; in a tuple, or it would be a submodule."""
-            if ladder.ladder:
+            if ladder.ladder and last == "mlp" and "attention" in self.numbers:
                 self.self_attn_bda = self._after_attention
             if ladder.ladder or ladder.hands_over:
-                self.mlp_bda = self._after_mlp
+                after_last = partial(self._after_last, last)
+                setattr(self, "mlp_bda" if last == "mlp" else "self_attn_bda", after_last)
+            parts = {
+                "attention": (self.self_attention, "linear_proj"),
+                "mlp": (self.mlp, "linear_fc2"),
+            }
             self._reduces = {
-                "attention": ladder.ladder
-                and self._keep_partial_sums(self.self_attention, "linear_proj"),
-                "mlp": ladder.hands_over and self._keep_partial_sums(self.mlp, "linear_fc2"),
+                name: (ladder.hands_over if name == last else ladder.ladder)
+                and self._keep_partial_sums(*parts[name])
+                for name in self.numbers
             }
             self.entrances = overlap.prepare(self)
 
@@ -214,14 +223,14 @@ def ladder_layer_class(base: type) -> type:
 
             return step
 
-        def _after_mlp(self, training: bool, fused: bool) -> Add:
-            add = self._add["mlp"](training, fused)
+        def _after_last(self, module: str, training: bool, fused: bool) -> Add:
+            add = self._add[module](training, fused)
 
             def step(
                 output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float
             ) -> Tensor:
                 if self.ladder.hands_over:
-                    self._outgoing = self._launch(output_with_bias, dropout, "mlp")
+                    self._outgoing = self._launch(output_with_bias, dropout, module)
                 residual = self.complete(residual, add)
                 self._stream = None
                 if self.ladder.hands_over:
@@ -233,7 +242,7 @@ def ladder_layer_class(base: type) -> type:
         def forward(
             self, hidden_states: Tensor, *args: Any, context: Carry | None = None, **kwargs: Any
         ) -> tuple[Tensor, Carry | None]:
-            """Megatron's forward; ``context`` holds the pending MLP output of the layer before."""
+            """Megatron's forward; ``context`` holds the pending output of the layer before."""
             place = self.ladder
             self._pending = self._completed = None  # an interrupted forward may have left some
             pending_output = carry.get(context, PENDING)

@@ -38,7 +38,17 @@ from megatron_plugins import reduction
 from megatron_plugins.reduction import Launches, launches_in_backward, renumber, wait_for_gradient
 
 Places = dict[int, int]
-"""By module (attention 2 l, MLP 2 l + 1 of layer l): autograd's number for what waits there."""
+"""By module of the model: autograd's number for what waits there."""
+
+
+def numbers(layer: Any) -> dict[str, int]:
+    """Numbers in the model of a layer's modules: attention 2 l and MLP 2 l + 1 of layer l; or l,
+    where each layer is one module."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    modules = {"attention": layer.self_attention, "mlp": layer.mlp}
+    found = [name for name, module in modules.items() if not isinstance(module, IdentityOp)]
+    return {name: len(found) * layer.ladder.index + at for at, name in enumerate(found)}
 
 
 def prepare(layer: Any) -> dict[str, Any]:
@@ -51,11 +61,11 @@ def prepare(layer: Any) -> dict[str, Any]:
     config, place = layer.config, layer.ladder
     if config.tensor_model_parallel_size == 1:
         return entrances
-    modules = {"attention": layer.self_attention, "mlp": layer.mlp}
-    for at, (name, module) in enumerate(modules.items()):
-        if not place.ladder and name == "attention":
+    *others, _ = layer.numbers
+    for name, number in layer.numbers.items():
+        if not place.ladder and name in others:
             continue
-        number = 2 * place.index + at
+        module = layer.self_attention if name == "attention" else layer.mlp
         moe = name == "mlp" and layer.is_moe_layer  # its dispatcher communicates
         linears = [] if moe else list(_column_parallel(module))
         for linear in linears:
@@ -136,8 +146,7 @@ def _gathered(linear: Any, part: Tensor) -> Tensor:
 
 def _halfway(layer: Any, name: str) -> None:
     """Under the rest of a module, begin the next one: its input is there."""
-    module = 2 * layer.ladder.index + (name == "mlp")
-    layer.stage.places[module] = torch.autograd._get_sequence_nr()
+    layer.stage.places[layer.numbers[name]] = torch.autograd._get_sequence_nr()
     found = _next(layer, name)
     if found is not None:
         norm, linear = found
@@ -147,13 +156,15 @@ def _halfway(layer: Any, name: str) -> None:
 def _next(layer: Any, name: str) -> tuple[Any, Any] | None:
     """Norm and linear of the module after this one, where they can begin before it has ended: not
     in another chunk of recomputation."""
-    if name == "attention":
-        after, module, norm = layer, "mlp", "pre_mlp_layernorm"
-    else:
+    after, module = layer, "mlp"
+    if name == list(layer.numbers)[-1]:
         apart = layer.training and layer.config.recompute_granularity == "full"
-        if apart or layer.recompute_mlp or not layer.following:
+        within = name == "mlp" and layer.recompute_mlp
+        if apart or within or not layer.following:
             return None
-        (after,), module, norm = layer.following, "attention", "input_layernorm"
+        (after,) = layer.following
+        module = next(iter(after.numbers))
+    norm = "input_layernorm" if module == "attention" else "pre_mlp_layernorm"
     linear = after.entrances.get(module)
     quantizes = getattr(linear, "input_quantizer", None) is not None
     if linear is None or quantizes or getattr(after, f"recompute_{norm}"):
