@@ -81,7 +81,8 @@ def count(
     if missing:
         raise ConfigError(
             f"{feature.flag()} is on, but layers {missing} of this model do not use it: only "
-            "GPTModel with a TransformerBlock does. Drop the flag, or run "
+            "GPTModel with a TransformerBlock does, and where the feature is for hybrid models, "
+            "HybridModel. Drop the flag, or run "
             "python -m megatron_plugins.doctor"
         )
     return f"{len(wanted)} of {num_layers} layers"

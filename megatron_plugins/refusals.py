@@ -38,6 +38,14 @@ def on(name: str, *off: Any) -> Callable[[Namespace], bool]:
     return lambda args: getattr(args, name, None) not in (None, False, 0, *off)
 
 
+def hybrid_model(args: Namespace) -> bool:
+    """Whether the layers are those of a hybrid stack, by any of the options for it."""
+    return any(
+        on(name)(args)
+        for name in ("hybrid_layer_pattern", "hybrid_override_pattern", "is_hybrid_model")
+    )
+
+
 def cuda_graphs(args: Namespace) -> bool:
     """Whether layers are captured, by any of the options that the versions have for it."""
     return any(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 
-from megatron_plugins.refusals import Refusal, cuda_graphs, on
+from megatron_plugins.refusals import Refusal, cuda_graphs, hybrid_model, on
 
 
 def _mlp(when: Callable[[Namespace], bool]) -> Callable[[Namespace], bool]:
@@ -36,6 +36,11 @@ REFUSED: tuple[Refusal, ...] = (
         "--experimental-attention-variant", _heads(on("experimental_attention_variant")), _OTHER
     ),
     Refusal("--heterogeneous-layers-config-path", on("heterogeneous_layers_config_path"), _WIDTH),
+    Refusal(
+        "--hybrid-layer-pattern",
+        hybrid_model,
+        "a hybrid stack builds its own layers, which would have no experts",
+    ),
     Refusal(
         "--use-transformer-engine-op-fuser", _mlp(on("use_transformer_engine_op_fuser")), _FUSED
     ),

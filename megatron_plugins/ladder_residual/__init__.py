@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from megatron_plugins.hybrid import pattern
 from megatron_plugins.ladder_residual.layer import Position, Stage, ladder_layer_class, positions
 from megatron_plugins.ladder_residual.refused import REFUSED
+from megatron_plugins.ladder_residual.stacks import check
 from torch_plugins.config import ConfigError, LadderResidual
 
-__all__ = ["REFUSED", "adjust_config", "transform", "validate"]
+__all__ = ["REFUSED", "adjust_config", "transform", "transform_stack", "validate"]
 
 
 def transform(
@@ -31,6 +33,22 @@ def transform(
     ]
 
 
+def transform_stack(
+    layer_specs: Sequence[Any],
+    symbols: Sequence[str],
+    config: Any,
+    feature: LadderResidual,
+    first: int,
+) -> Sequence[Any]:
+    """The same for a stage of a hybrid stack, given the kinds of its layers.
+
+    Raises:
+        ConfigError: see :func:`~megatron_plugins.ladder_residual.stacks.check`.
+    """
+    check(symbols, feature.resolve(config.num_layers), config.num_layers, first)
+    return transform(layer_specs, config, feature, first)
+
+
 def _with_ladder(spec: Any, place: Position, stage: Stage) -> Any:
     cross_attention = getattr(spec.submodules, "cross_attention", None)
     if cross_attention is not None and getattr(cross_attention, "__name__", "") != "IdentityOp":
@@ -43,12 +61,15 @@ def _with_ladder(spec: Any, place: Position, stage: Stage) -> Any:
 
 
 def validate(args: Namespace, feature: LadderResidual) -> None:
-    """Refuse a ladder without layers, before anything is built."""
-    if not feature.resolve(args.num_layers):
+    """Refuse a ladder without layers, or of layers that cannot be one, before anything is built."""
+    ladder, symbols = feature.resolve(args.num_layers), pattern(args)
+    if not ladder:
         raise ConfigError(
             f"{feature.flag()} with {feature.flag('layers')} {feature.layers!r} has no ladder "
             f"layer: name at least one of 0 to {args.num_layers - 1}, or drop {feature.flag()}"
         )
+    if symbols is not None:
+        check(symbols, ladder, args.num_layers)
 
 
 def adjust_config(config: Any, feature: LadderResidual) -> None:

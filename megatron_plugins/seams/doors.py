@@ -26,6 +26,16 @@ def block_submodules(
     return layers.block_submodules(original, config, spec, *args, **kwargs)
 
 
+def build_stack(original: Callable[..., None], stack: Any, *args: Any, **kwargs: Any) -> None:
+    """A stack of a hybrid model, the specs of whose layers are rewritten when plugins are on."""
+    config = args[0] if args else kwargs["config"]
+    if not getattr(config, "megatron_plugins", None):
+        return original(stack, *args, **kwargs)
+    from megatron_plugins import hybrid
+
+    return hybrid.build_stack(original, stack, *args, **kwargs)
+
+
 def checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Activation checkpointing; only a feature that carries tensors from layer to layer differs."""
     carry = sys.modules.get("megatron_plugins.carry")

@@ -50,6 +50,32 @@ HOOKS: tuple[Symbol, ...] = (
         handler="megatron_plugins.seams.doors:block_submodules",
     ),
     Symbol(
+        id="hybrid-layers",
+        targets=(
+            "megatron.core.models.hybrid.hybrid_block:HybridStack.__init__",
+            "megatron.core.ssm.mamba_block:MambaStack.__init__",
+        ),
+        feature="any",
+        why="the one place through which every hybrid model's layer specs pass; 0.17 has the "
+        "second only, which is the first in later ones",
+        remove_when="upstream lets a config rewrite layer specs",
+        handler="megatron_plugins.seams.doors:build_stack",
+        relies_on=(
+            "config",
+            "submodules",
+            "layer_type_list",
+            "pp_layer_offset",
+            "post_process",
+            "is_mtp_layer",
+            "layer_number",
+            "attention_layer",
+            "mlp_layer",
+            "moe_layer",
+            "mamba_layer",
+            "gdn_layer",
+        ),
+    ),
+    Symbol(
         id="carry",
         targets=(
             "megatron.core.tensor_parallel.random:checkpoint",

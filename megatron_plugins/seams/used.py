@@ -133,8 +133,9 @@ USED: tuple[Symbol, ...] = (
     Symbol(
         id="identity",
         targets=("megatron.core.transformer.identity_op:IdentityOp",),
-        feature="cross_layer_attention",
-        why="as input norm of a layer it says that linear_qkv contains the norm",
+        feature="any",
+        why="as input norm of a layer it says that linear_qkv contains the norm; as one of its "
+        "modules, that it has none",
         remove_when="never",
     ),
     Symbol(
@@ -153,6 +154,58 @@ USED: tuple[Symbol, ...] = (
         why="layer specs are rewritten, and --spec megatron_plugins.specs is one",
         remove_when="never",
         relies_on=("module", "params", "submodules", "metainfo"),
+    ),
+    Symbol(
+        id="build-module",
+        targets=("megatron.core.transformer.spec_utils:build_module",),
+        feature="any",
+        why="a hybrid stack has one spec for each kind of layer, which stands for those of single "
+        "layers",
+        remove_when="hybrid stacks take a spec for each layer",
+    ),
+    Symbol(
+        id="hybrid-stack",
+        targets=(
+            "megatron.core.models.hybrid.hybrid_block:HybridStack",
+            "megatron.core.ssm.mamba_block:MambaStack",
+        ),
+        feature="any",
+        why="--spec megatron_plugins.hybrid_specs local_stack_spec is one without "
+        "TransformerEngine",
+        remove_when="upstream has a local stack spec",
+        relies_on=("layer_type_list", "post_layer_norm", "post_process", "final_norm"),
+    ),
+    Symbol(
+        id="hybrid-stack-submodules",
+        targets=(
+            "megatron.core.models.hybrid.hybrid_block:HybridStackSubmodules",
+            "megatron.core.ssm.mamba_block:MambaStackSubmodules",
+        ),
+        feature="any",
+        why="the same",
+        remove_when="with hybrid-stack",
+        relies_on=("attention_layer", "mlp_layer", "moe_layer"),
+    ),
+    Symbol(
+        id="hybrid-mlp-layer",
+        targets=("megatron.core.ssm.mlp_layer:MLPLayer",),
+        feature="any",
+        why="the same",
+        remove_when="with hybrid-stack",
+    ),
+    Symbol(
+        id="hybrid-norm",
+        targets=("megatron.core.transformer.torch_norm:WrappedTorchNorm",),
+        feature="any",
+        why="the same",
+        remove_when="with hybrid-stack",
+    ),
+    Symbol(
+        id="identity-function",
+        targets=("megatron.core.transformer.identity_op:IdentityFuncOp",),
+        feature="any",
+        why="the same",
+        remove_when="with hybrid-stack",
     ),
     Symbol(
         id="decoder-block-spec",
@@ -191,8 +244,8 @@ USED: tuple[Symbol, ...] = (
     Symbol(
         id="export-layer-spec",
         targets=("megatron.core.models.gpt.gpt_layer_specs:get_gpt_layer_local_spec",),
-        feature="export",
-        why="layers of that model",
+        feature="any",
+        why="layers of that model, and of the local hybrid stack",
         remove_when="never",
     ),
     Symbol(

@@ -78,6 +78,12 @@ def build(ladder: str | None, multiplier: float = 1, **options: Any) -> GPTModel
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
     )
+    return scrambled(model)
+
+
+def scrambled(model: Any) -> Any:
+    """The model with weights that show errors, in its dtype."""
+    config = model.config
     if config.fp32_residual_connection:
         for name, module in model.named_modules():
             if (
@@ -169,7 +175,7 @@ def difference(A: dict[str, Tensor], B: dict[str, Tensor]) -> float:
 def against_recurrence(
     ladder: str, options: dict[str, Any], multiplier: float = 1
 ) -> dict[str, Any]:
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    known = {"pattern", *(field.name for field in dataclasses.fields(TransformerConfig))}
     if not options.keys() <= known:
         return {"unknown": sorted(options.keys() - known)}
     model, stock = pair(ladder, multiplier=multiplier, **options)
@@ -335,27 +341,30 @@ def static_order() -> dict[str, Any]:
     return {"prefill": prefill, "decode": events}
 
 
-def start(minutes: float = 30) -> None:
+def start(minutes: float = 30, tensor_parallel_size: int | None = None) -> None:
     """Bring Megatron up; a collective may take that long."""
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     # Without TransformerEngine the default, fp8=False, still asks for its fp8 state.
     tensor_parallel.CheckpointWithoutOutput = functools.partial(
         tensor_parallel.CheckpointWithoutOutput, fp8=None
     )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=dist.get_world_size(), distributed_timeout_minutes=minutes
+        tensor_model_parallel_size=tensor_parallel_size or dist.get_world_size(),
+        distributed_timeout_minutes=minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
-def write(output: str, cases: dict[str, Callable[[], dict[str, Any]]]) -> None:
+def write(output: str, cases: dict[str, Callable[[], dict[str, Any]]], leave: bool = True) -> None:
     """Run the cases; a JSON line for each, from rank 0, and leave Megatron."""
     for name, case in cases.items():
         result = case()
         if dist.get_rank() == 0:
             with Path(output).open("a") as lines:
                 lines.write(json.dumps({"case": name, **result}) + "\n")
-    dist.destroy_process_group()
+    if leave:
+        dist.destroy_process_group()
 
 
 def main(output: str) -> None:

@@ -10,17 +10,23 @@ from megatron_plugins import reduction
 def notes(model: Any) -> tuple[list[str], type[reduction.InFlight]]:
     """A list of what happens in ``model`` from now on, and the collective that it is to use:
     modules that start, weights that have their gradients, collectives that are launched and waited
-    for. Module 2 l is the attention of layer l, and 2 l + 1 its MLP."""
+    for. Modules are numbered through the model: in a GPT, the attention of layer l is 2 l, the MLP
+    2 l + 1."""
     events: list[str] = []
+    numbers: dict[str, int] = {}
     for index, layer in enumerate(model.decoder.layers):
         parts = (
-            (layer.self_attention, "linear_qkv", "linear_proj"),
-            (layer.mlp, "linear_fc1", "linear_fc2"),
+            ("attention", layer.self_attention, "linear_qkv", "linear_proj"),
+            ("mlp", layer.mlp, "linear_fc1", "linear_fc2"),
         )
-        for n, (module, column, row) in enumerate(parts, 2 * index):
+        for name, module, column, row in parts:
+            if not hasattr(module, column):  # a layer of a hybrid stack has one of them
+                continue
+            n = len(numbers)
+            numbers[f"layer {index}, {name}"] = n
             module.register_forward_pre_hook(lambda *_, n=n: events.append(f"start {n}"))
-            for what, name in (("column", column), ("row", row)):
-                getattr(module, name).weight.register_post_accumulate_grad_hook(
+            for what, linear in (("column", column), ("row", row)):
+                getattr(module, linear).weight.register_post_accumulate_grad_hook(
                     lambda _, what=what, n=n: events.append(f"{what} {n}")
                 )
 
@@ -30,7 +36,7 @@ def notes(model: Any) -> tuple[list[str], type[reduction.InFlight]]:
         @property
         def said(self) -> str:
             layer, module, *rest = self.what.split(", ")
-            n = 2 * int(layer.removeprefix("layer ")) + (module == "mlp")
+            n = numbers[f"{layer}, {module}"]
             return f"{rest[0] if rest else 'output'} {n}"
 
         def __setattr__(self, name: str, value: Any) -> None:

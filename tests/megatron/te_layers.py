@@ -50,6 +50,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from tests.megatron.hybrid_upstream import STACK, HybridModel, upstream_spec
 from torch_plugins.config import W4A4, CrossLayerAttention, DenseMoE, LadderResidual, PowerMup
 
 
@@ -150,6 +151,44 @@ def stock_keys() -> list[str]:
     return sorted({shard.key for shard in shards if ".mlp." in shard.key or "pre_mlp" in shard.key})
 
 
+def hybrid() -> dict[str, Any]:
+    """A hybrid stack of upstream's own spec with a ladder, and a stock one."""
+
+    def built(features: dict[str, Any] | None) -> Any:
+        config = TransformerConfig(
+            num_layers=5,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_moe_experts=2,
+            moe_ffn_hidden_size=16,
+            add_bias_linear=False,
+            use_cpu_initialization=True,
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+        )
+        if features is not None:
+            config.megatron_plugins = features
+        return HybridModel(
+            config=config,
+            vocab_size=64,
+            max_sequence_length=32,
+            hybrid_layer_pattern="*-*E-",
+            **{STACK: upstream_spec},
+        )
+
+    ladder = built({"ladder_residual": LadderResidual("1-3")})
+    stock = built(None)
+    layers = ladder.decoder.layers
+    linears = [layers[0].self_attention.linear_proj, layers[1].mlp.linear_fc2]
+    linears += [layers[2].self_attention.linear_proj, layers[4].mlp.linear_fc2]
+    return {
+        "classes": [type(layer).__name__ for layer in layers],
+        "parallel modes": [linear.parallel_mode for linear in linears],
+        "same keys": list(ladder.state_dict()) == list(stock.state_dict()),
+        "same shards": sorted(ladder.sharded_state_dict()) == sorted(stock.sharded_state_dict()),
+    }
+
+
 def main(output: str) -> None:
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(2)
@@ -176,6 +215,7 @@ def main(output: str) -> None:
         "experts, local layers": expert_shards(te=False),
         "stock experts": stock_keys(),
         "quantized": quantized(),
+        "hybrid": hybrid(),
     }
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(found))

@@ -26,6 +26,7 @@ TYPED = {
     "--qk-clip": ("--qk-clip",),
     "--optimizer muon": ("--optimizer", "muon"),
     "--test-mode": ("--test-mode", "--qk-layernorm"),
+    "--hybrid-layer-pattern": ("--hybrid-layer-pattern", "*-*-"),
     "--mtp-num-layers": ("--mtp-num-layers", "1"),
     "--cuda-graph-impl": ("--cuda-graph-impl", "local"),
     "--overlap-moe-expert-parallel-comm": ("--overlap-moe-expert-parallel-comm",),

@@ -29,6 +29,7 @@ TYPED = {
     "--squared-relu": ("--squared-relu",),
     "--quick-geglu": ("--quick-geglu",),
     "--context-parallel-size": ("--context-parallel-size", "2"),
+    "--hybrid-layer-pattern": ("--hybrid-layer-pattern", "*-*-"),
     "--mtp-num-layers": ("--mtp-num-layers", "1"),
     "--cuda-graph-impl": ("--cuda-graph-impl", "local"),
     "--overlap-moe-expert-parallel-comm": ("--overlap-moe-expert-parallel-comm",),

@@ -42,6 +42,17 @@ def test_ladder_layers(found: dict[str, Any]) -> None:
     assert found["same shards"]
 
 
+def test_ladder_layers_of_a_hybrid_stack(found: dict[str, Any]) -> None:
+    """Layers 1 to 3 are a ladder: the outputs of layers 0 to 2 stay pending."""
+    hybrid = found["hybrid"]
+    layers = ["TransformerLayer", "MLPLayer", "TransformerLayer", "MoETransformerLayer"]
+    assert [name.removeprefix("Ladder") for name in hybrid["classes"]] == [*layers, "MLPLayer"]
+    assert [name.startswith("Ladder") for name in hybrid["classes"]] == [True] * 4 + [False]
+    assert hybrid["parallel modes"] == [None, None, None, "row"]
+    assert hybrid["same keys"]
+    assert hybrid["same shards"]
+
+
 def test_layers_that_share_keys_and_values(found: dict[str, Any]) -> None:
     """Norms are within the linears here, and beside them in the local layers: one checkpoint fits
     both. 4 heads of 8 on two ranks; the consumer has queries only."""

@@ -155,7 +155,8 @@ def main() -> None:
         pretrain(container, datasets_provider, model_provider, model_type, forward_step)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Train, and leave Megatron."""
     try:
         main()
     except SystemExit as stop:  # how Megatron leaves at --exit-interval
@@ -163,3 +164,7 @@ if __name__ == "__main__":
             raise
     if torch.distributed.is_initialized():  # gloo's threads must not outlive the interpreter
         torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,168 @@
+"""The choke point of hybrid models: every stack (``HybridStack``; 0.17: ``MambaStack``) passes here
+as it is built, and active features rewrite its layers' specs.
+
+A stack has one spec for each kind of layer, and each layer is one module: attention, MLP, MoE, or a
+mixer of another kind. Features rewrite layers one by one, as those of a GPT model, with
+``transform_stack(layer_specs, symbols, config, feature, first)`` of their adapters.
+"""
+
+from __future__ import annotations
+
+import inspect
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from megatron_plugins import features
+from megatron_plugins.carry import Carry
+from megatron_plugins.layers import ACTIVE
+from torch_plugins.config import ConfigError
+
+SLOTS = {
+    "*": "attention_layer",
+    "-": "mlp_layer",
+    "E": "moe_layer",
+    "M": "mamba_layer",
+    "G": "gdn_layer",
+    "D": "dsa_layer",
+    "+": "mla_layer",
+}
+"""Where a stack's submodules keep the spec of a kind of layer, by its symbol in the pattern."""
+
+
+def pattern(args: Namespace) -> str | None:
+    """Symbols of the layers of a hybrid model, ``"*-*-"``, without the borders of pipeline stages
+    and without prediction layers; None for another model. ``args`` are validated."""
+    given: str | None = getattr(args, "hybrid_layer_pattern", None)
+    return None if given is None else given.partition("/")[0].replace("|", "")
+
+
+def build_stack(original: Callable[..., None], stack: Any, *args: Any, **kwargs: Any) -> None:
+    """Wrap of a stack's ``__init__``.
+
+    Raises:
+        ConfigError: an active feature does not know hybrid models, or not this one's layers.
+    """
+    call = inspect.signature(original).bind(stack, *args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    if given["is_mtp_layer"]:
+        flags = ", ".join(feature.flag() for feature in given["config"].megatron_plugins.values())
+        raise ConfigError(f"{flags}: prediction layers of a hybrid model are not rewritten")
+    given["submodules"] = rewritten(
+        given["submodules"],
+        given["layer_type_list"],
+        given["config"],
+        given["pp_layer_offset"],
+        given["post_process"],
+    )
+    original(*call.args, **call.kwargs)
+
+
+def rewritten(submodules: Any, symbols: Sequence[str], config: Any, first: int, ends: bool) -> Any:
+    """A stack's submodules that build the layers ``first``, ``first + 1``, ... of these kinds with
+    the active features; ``ends``: the last of them is the model's."""
+    after = first + len(symbols)
+    if after > config.num_layers or (ends and after != config.num_layers):
+        raise ConfigError(
+            f"num_layers of the configuration is {config.num_layers}, and the last layer of this "
+            f"stack is number {after} of the pattern: they must agree"
+        )
+    stock = [_spec(submodules, symbol) for symbol in symbols]
+    layer_specs = list(stock)
+    for key, feature in config.megatron_plugins.items():
+        adapter = features.adapter(key)
+        if not hasattr(adapter, "transform"):
+            continue
+        if not hasattr(adapter, "transform_stack"):
+            raise ConfigError(
+                f"{feature.flag()}: not for hybrid models, whose stack builds its own layers; use "
+                f"a GPT model, or drop {feature.flag()}"
+            )
+        before = layer_specs
+        layer_specs = adapter.transform_stack(before, symbols, config, feature, first)
+        changed = (new is not old for old, new in zip(before, layer_specs, strict=True))
+        ACTIVE.setdefault(key, set()).update(i for i, new in enumerate(changed, first) if new)
+    changes = [new is not old for old, new in zip(stock, layer_specs, strict=True)]
+    channel = Channel(first + changes.index(True)) if any(changes) else None
+    layer_specs = [
+        _with_channel(spec, channel) if new else spec
+        for spec, new in zip(layer_specs, changes, strict=True)
+    ]
+    slots = {}
+    for symbol in {symbol for symbol, new in zip(symbols, changes, strict=True) if new}:
+        own = {
+            number: spec
+            for number, (other, spec) in enumerate(
+                zip(symbols, layer_specs, strict=True), first + 1
+            )
+            if other == symbol
+        }
+        slots[SLOTS[symbol]] = by_number(own)
+    return replace(submodules, **slots)
+
+
+def _spec(submodules: Any, symbol: str) -> Any:
+    """The spec of a kind of layer; upstream builds an identity where a stack has none."""
+    spec = getattr(submodules, SLOTS[symbol], None)
+    if getattr(spec, "submodules", None) is None and getattr(spec, "__name__", "") == "IdentityOp":
+        raise ConfigError(
+            f"this stack's spec has no {SLOTS[symbol]}, and its pattern has a layer {symbol}: "
+            "name one in the spec"
+        )
+    return spec
+
+
+def by_number(specs: dict[int, Any]) -> Any:
+    """A spec that stands for several: each layer is built from that of its number."""
+    from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+
+    class ByNumber:
+        def __new__(cls, *args: Any, layer_number: int, **kwargs: Any) -> Any:
+            return build_module(specs[layer_number], *args, layer_number=layer_number, **kwargs)
+
+    return ModuleSpec(module=ByNumber)
+
+
+@dataclass
+class Channel:
+    """How a carry goes on in a stack, which drops the ``context`` that a layer returns, except
+    between layers that full recompute runs."""
+
+    first: int
+    """The first layer that takes part."""
+    carry: Carry | None = None
+
+
+def _with_channel(spec: Any, channel: Channel | None) -> Any:
+    params = {**(spec.params or {}), "channel": channel}
+    return replace(spec, module=threading_layer_class(spec.module), params=params)
+
+
+@cache
+def threading_layer_class(base: type) -> type:
+    """A subclass of a layer of a feature that takes the carry from its stack's :class:`Channel`."""
+
+    layer_class: Any = base
+
+    class ThreadingLayer(layer_class):
+        def __init__(self, *args: Any, channel: Channel, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.channel = channel
+
+        def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Carry | None]:
+            if "context" in kwargs:  # full recompute
+                threaded: tuple[Tensor, Carry | None] = super().forward(*args, **kwargs)
+                return threaded
+            if self.layer_number - 1 == self.channel.first:  # an interrupted forward may leave one
+                self.channel.carry = None
+            context, self.channel.carry = self.channel.carry, None
+            hidden_states, self.channel.carry = super().forward(*args, context=context, **kwargs)
+            return hidden_states, None
+
+    ThreadingLayer.__name__ = ThreadingLayer.__qualname__ = base.__name__
+    return ThreadingLayer
