@@ -31,6 +31,6 @@ def model_provider(pre_process=True, post_process=True, vp_stage=None, config=No
 
 if __name__ == "__main__":
     train_gpt.model_provider = model_provider
-    if hasattr(argument_utils, "hybrid_config_from_args"):  # 0.19 and newer
+    if hasattr(argument_utils, "gpt_config_from_args"):  # 0.19 and newer
         argument_utils.gpt_config_from_args = argument_utils.hybrid_config_from_args
     train_gpt.run()
