@@ -108,10 +108,16 @@ def share(
     from megatron_plugins.cross_layer_attention import conversion, validate
     from megatron_plugins.export.checkpoint import Checkpoint, find_iteration
     from megatron_plugins.export.save import check_place, save_release
+    from megatron_plugins.hybrid import pattern
 
     check_place(save)
     checkpoint = Checkpoint(find_iteration(load, iteration))
     args = checkpoint.args
+    if pattern(args) is not None:
+        raise ConfigError(
+            f"{checkpoint.folder} is a hybrid model's (--hybrid-layer-pattern "
+            f"{args.hybrid_layer_pattern}): {feature.flag()} is for GPT models"
+        )
     validate(args, feature)
     new = conversion.convert(checkpoint, feature, kv)
     set_features(args, {feature.key(): feature})

@@ -169,6 +169,11 @@ def refused() -> dict[str, Any]:
             errors[name] = str(error)
     config = TransformerConfig(**GPT)
     config.megatron_plugins = {ladder.key(): ladder}
+    upstream = replace(SPEC, module=local_stack_spec.module.__base__)
+    try:
+        of(config, "*-G-", upstream)
+    except ConfigError as error:
+        errors["slot"] = str(error)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     try:
         build_module(SPEC, config, layer_type_list=["*"], pg_collection=groups, is_mtp_layer=True)

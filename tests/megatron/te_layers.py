@@ -50,6 +50,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_plugins.hybrid_specs import local_stack_spec
 from tests.megatron.hybrid_upstream import STACK, HybridModel, upstream_spec
 from torch_plugins.config import W4A4, CrossLayerAttention, DenseMoE, LadderResidual, PowerMup
 
@@ -154,7 +155,7 @@ def stock_keys() -> list[str]:
 def hybrid() -> dict[str, Any]:
     """A hybrid stack of upstream's own spec with a ladder, and a stock one."""
 
-    def built(features: dict[str, Any] | None) -> Any:
+    def built(features: dict[str, Any] | None, spec: Any = upstream_spec) -> Any:
         config = TransformerConfig(
             num_layers=5,
             hidden_size=32,
@@ -173,11 +174,17 @@ def hybrid() -> dict[str, Any]:
             vocab_size=64,
             max_sequence_length=32,
             hybrid_layer_pattern="*-*E-",
-            **{STACK: upstream_spec},
+            **{STACK: spec},
         )
 
     ladder = built({"ladder_residual": LadderResidual("1-3")})
-    stock = built(None)
+    stock, local = built(None), built(None, local_stack_spec)
+
+    def shards(model: Any) -> dict[str, list[int]]:
+        """Of attention and MLP layers: experts may be grouped."""
+        state = {k: v for k, v in model.sharded_state_dict().items() if "layers.3." not in k}
+        return {v.key: list(v.local_shape) for v in state.values() if hasattr(v, "local_shape")}
+
     layers = ladder.decoder.layers
     linears = [layers[0].self_attention.linear_proj, layers[1].mlp.linear_fc2]
     linears += [layers[2].self_attention.linear_proj, layers[4].mlp.linear_fc2]
@@ -186,6 +193,8 @@ def hybrid() -> dict[str, Any]:
         "parallel modes": [linear.parallel_mode for linear in linears],
         "same keys": list(ladder.state_dict()) == list(stock.state_dict()),
         "same shards": sorted(ladder.sharded_state_dict()) == sorted(stock.sharded_state_dict()),
+        "shards": shards(stock),
+        "shards, local layers": shards(local),
     }
 
 

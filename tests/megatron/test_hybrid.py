@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from megatron_plugins import hybrid
+from megatron_plugins import convert, hybrid
 from megatron_plugins.ladder_residual import validate
 from tests.megatron.harness import Run, launch, train, without
 from tests.megatron.hybrid_table import AGAINST_GPT, AGAINST_RECURRENCE
 from tests.megatron.ladder_table import WORLD
-from torch_plugins.config import ConfigError, LadderResidual
+from torch_plugins.config import ConfigError, CrossLayerAttention, LadderResidual
 
 CASES = Path(__file__).with_name("hybrid_cases.py")
 TRAIN = Path(__file__).with_name("train_hybrid.py")
@@ -99,6 +99,7 @@ def test_an_interrupted_forward_leaves_nothing(cases: dict[str, Any]) -> None:
         ("feature", ["--cross-layer-attention: not for hybrid models"]),
         ("mamba", ["layers 3 (M)", "--ladder-layers 1,2,5,6,7 can be"]),
         ("absent", ["layers G of the pattern have no local form"]),
+        ("slot", ["no gdn_layer", "has a layer G"]),
         ("nothing", ["no ladder layer behind layer 0"]),
         ("number", ["num_layers of the configuration is 7", "number 8"]),
         ("prediction", ["--ladder-residual: prediction layers"]),
@@ -163,6 +164,16 @@ def test_a_stack_trains_as_a_gpt(straight: tuple[Run, Path]) -> None:
     assert "ladder-residual: 8 of 8 layers" in run.output
     assert run.losses == pytest.approx(gpt.losses, rel=1e-6)
     assert run.grad_norms == pytest.approx(gpt.grad_norms, rel=1e-5)
+
+
+def test_conversion_and_export_refuse_its_checkpoints(
+    straight: tuple[Run, Path], tmp_path: Path
+) -> None:
+    _, folder = straight
+    with pytest.raises(ConfigError, match=r"hybrid model's .* --cross-layer-attention is for GPT"):
+        convert.share(folder, tmp_path / "shared", CrossLayerAttention(2), "mean")
+    with pytest.raises(ConfigError, match="--hybrid-layer-pattern"):
+        convert.export(folder, tmp_path / "exported", None, None)
 
 
 @pytest.mark.parametrize(

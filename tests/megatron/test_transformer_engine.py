@@ -51,6 +51,8 @@ def test_ladder_layers_of_a_hybrid_stack(found: dict[str, Any]) -> None:
     assert hybrid["parallel modes"] == [None, None, None, "row"]
     assert hybrid["same keys"]
     assert hybrid["same shards"]
+    assert hybrid["shards"] == hybrid["shards, local layers"]
+    assert "decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in hybrid["shards"]
 
 
 def test_layers_that_share_keys_and_values(found: dict[str, Any]) -> None:
