@@ -50,60 +50,65 @@ def build_stack(original: Callable[..., None], stack: Any, *args: Any, **kwargs:
     call = inspect.signature(original).bind(stack, *args, **kwargs)
     call.apply_defaults()
     given = call.arguments
-    if given["is_mtp_layer"]:
-        flags = ", ".join(feature.flag() for feature in given["config"].megatron_plugins.values())
-        raise ConfigError(f"{flags}: prediction layers of a hybrid model are not rewritten")
-    given["submodules"] = rewritten(
-        given["submodules"],
-        given["layer_type_list"],
-        given["config"],
-        given["pp_layer_offset"],
-        given["post_process"],
-    )
+    config, symbols, first = given["config"], given["layer_type_list"], given["pp_layer_offset"]
+    active = {
+        key: feature
+        for key, feature in config.megatron_plugins.items()
+        if hasattr(features.adapter(key), "transform")
+    }
+    if active:
+        _check(active, config, first + len(symbols), given["post_process"], given["is_mtp_layer"])
+        given["submodules"] = rewritten(given["submodules"], symbols, config, active, first)
     original(*call.args, **call.kwargs)
 
 
-def rewritten(submodules: Any, symbols: Sequence[str], config: Any, first: int, ends: bool) -> Any:
-    """A stack's submodules that build the layers ``first``, ``first + 1``, ... of these kinds with
-    the active features; ``ends``: the last of them is the model's."""
-    after = first + len(symbols)
+def _check(active: dict[str, Any], config: Any, after: int, ends: bool, prediction: bool) -> None:
+    """Check a stack that ends before layer ``after``; ``ends``: and the model with it."""
+    for key, feature in active.items():
+        if not hasattr(features.adapter(key), "transform_stack"):
+            raise ConfigError(
+                f"{feature.flag()}: not for hybrid models, whose stack builds its own layers; use "
+                f"a GPT model, or drop {feature.flag()}"
+            )
+        if prediction:
+            raise ConfigError(
+                f"{feature.flag()}: prediction layers of a hybrid model are not rewritten; drop "
+                f"them from the pattern, or {feature.flag()}"
+            )
     if after > config.num_layers or (ends and after != config.num_layers):
         raise ConfigError(
             f"num_layers of the configuration is {config.num_layers}, and the last layer of this "
             f"stack is number {after} of the pattern: they must agree"
         )
+
+
+def rewritten(
+    submodules: Any, symbols: Sequence[str], config: Any, active: dict[str, Any], first: int
+) -> Any:
+    """A stack's submodules that build the layers ``first``, ``first + 1``, ... of these kinds with
+    the active features."""
     stock = [_spec(submodules, symbol) for symbol in symbols]
-    layer_specs = list(stock)
-    for key, feature in config.megatron_plugins.items():
-        adapter = features.adapter(key)
-        if not hasattr(adapter, "transform"):
-            continue
-        if not hasattr(adapter, "transform_stack"):
-            raise ConfigError(
-                f"{feature.flag()}: not for hybrid models, whose stack builds its own layers; use "
-                f"a GPT model, or drop {feature.flag()}"
-            )
-        before = layer_specs
+    layer_specs: Sequence[Any] = stock
+    for key, feature in active.items():
+        before, adapter = layer_specs, features.adapter(key)
         layer_specs = adapter.transform_stack(before, symbols, config, feature, first)
-        changed = (new is not old for old, new in zip(before, layer_specs, strict=True))
-        ACTIVE.setdefault(key, set()).update(i for i, new in enumerate(changed, first) if new)
-    changes = [new is not old for old, new in zip(stock, layer_specs, strict=True)]
-    channel = Channel(first + changes.index(True)) if any(changes) else None
-    layer_specs = [
-        _with_channel(spec, channel) if new else spec
-        for spec, new in zip(layer_specs, changes, strict=True)
-    ]
-    slots = {}
-    for symbol in {symbol for symbol, new in zip(symbols, changes, strict=True) if new}:
-        own = {
-            number: spec
-            for number, (other, spec) in enumerate(
-                zip(symbols, layer_specs, strict=True), first + 1
-            )
-            if other == symbol
-        }
-        slots[SLOTS[symbol]] = by_number(own)
-    return replace(submodules, **slots)
+        ACTIVE.setdefault(key, set()).update(_changed(before, layer_specs, first))
+    changed = _changed(stock, layer_specs, first)
+    if not changed:
+        return submodules
+    channel = Channel(changed[0])
+    slots: dict[str, dict[int, Any]] = {}
+    for index, (symbol, spec) in enumerate(zip(symbols, layer_specs, strict=True), first):
+        spec = _with_channel(spec, channel) if index in changed else spec
+        slots.setdefault(SLOTS[symbol], {})[index + 1] = spec
+    own = {SLOTS[symbols[index - first]] for index in changed}
+    return replace(submodules, **{slot: by_number(slots[slot]) for slot in own})
+
+
+def _changed(before: Sequence[Any], after: Sequence[Any], first: int) -> list[int]:
+    """Indices of the layers that have another spec."""
+    pairs = enumerate(zip(before, after, strict=True), first)
+    return [index for index, (old, new) in pairs if new is not old]
 
 
 def _spec(submodules: Any, symbol: str) -> Any:
@@ -138,7 +143,7 @@ class Channel:
     carry: Carry | None = None
 
 
-def _with_channel(spec: Any, channel: Channel | None) -> Any:
+def _with_channel(spec: Any, channel: Channel) -> Any:
     params = {**(spec.params or {}), "channel": channel}
     return replace(spec, module=threading_layer_class(spec.module), params=params)
 

@@ -26,7 +26,7 @@ from tests.megatron.hybrid_table import AGAINST_GPT, AGAINST_RECURRENCE, PATTERN
 from tests.megatron.hybrid_upstream import STACK, HybridModel
 from tests.megatron.ladder_cases import backward, difference, gradients, inputs, pair
 from tests.megatron.ladder_table import FULL, GPT, RECOMPUTED_NORM, SEQUENCE, SP, VOCAB
-from torch_plugins.config import ConfigError, CrossLayerAttention, LadderResidual
+from torch_plugins.config import ConfigError, CrossLayerAttention, LadderResidual, PowerLR
 
 gpt = ladder_cases.build
 
@@ -179,6 +179,11 @@ def refused() -> dict[str, Any]:
         build_module(SPEC, config, layer_type_list=["*"], pg_collection=groups, is_mtp_layer=True)
     except ConfigError as error:
         errors["prediction"] = str(error)
+    config.megatron_plugins = {PowerLR.key(): PowerLR()}
+    stack = build_module(
+        SPEC, config, layer_type_list=["*"], pg_collection=groups, is_mtp_layer=True
+    )
+    errors["schedule"] = type(stack.layers[0]).__name__
     return errors
 
 

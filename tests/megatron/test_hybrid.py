@@ -102,6 +102,7 @@ def test_an_interrupted_forward_leaves_nothing(cases: dict[str, Any]) -> None:
         ("slot", ["no gdn_layer", "has a layer G"]),
         ("nothing", ["no ladder layer behind layer 0"]),
         ("number", ["num_layers of the configuration is 7", "number 8"]),
+        ("schedule", ["TransformerLayer"]),  # of learning rates: layers are none of its business
         ("prediction", ["--ladder-residual: prediction layers"]),
     ],
 )
