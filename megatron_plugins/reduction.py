@@ -236,7 +236,7 @@ class Launches(_ProcessGroup):
         """In the forward the input, which is there; in the backward again, for the weight."""
         gathered, self.gathered = self.gathered, None
         if gathered is None:
-            return self._begin(_all_gather, output, source)
+            return self._begin(InFlight(self.what), _all_gather, output, source)
         if output.data_ptr() != gathered.data_ptr():
             output.copy_(gathered)
         return _Launched()
@@ -244,19 +244,19 @@ class Launches(_ProcessGroup):
     _reduce_scatter_base, _allgather_base = reduce_scatter_single, all_gather_single
 
     def _leave(self, collective: Callable[..., Any], *tensors: Tensor) -> Any:
-        begun = self._begin(collective, *tensors)
         if self.reduced is None:
-            return begun
-        self.reduced.work = begun.work
+            return self._begin(InFlight(self.what), collective, *tensors)
+        self._begin(self.reduced, collective, *tensors)
         return _Launched()
 
-    def _begin(self, collective: Callable[..., Any], *tensors: Tensor) -> InFlight:
-        begun = InFlight(self.what)
+    def _begin(
+        self, in_flight: InFlight, collective: Callable[..., Any], *tensors: Tensor
+    ) -> InFlight:
         try:
-            begun.work = collective(*tensors, group=self.group, async_op=True)
+            in_flight.work = collective(*tensors, group=self.group, async_op=True)
         except RuntimeError as error:
-            begun.work = _Failed(error)
-        return begun
+            in_flight.work = _Failed(error)
+        return in_flight
 
 
 def keep_partial_sums(linear: Any) -> None:

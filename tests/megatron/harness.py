@@ -24,6 +24,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 TRAIN_GPT = Path(__file__).with_name("train_gpt.py")
 
@@ -175,6 +178,28 @@ def launch(
         )
         raise AssertionError(f"{cause}: {' '.join(command)}\n{tails}")
     return returncode, logs
+
+
+LAYERS = {
+    "TORCHDYNAMO_DISABLE": "1",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "PYTHONPATH": str(TRAIN_GPT.parents[2]),
+}
+"""Environment of scripts that build Megatron's layers themselves."""
+
+
+def run_cases(script: Path, folder: Path, processes: int) -> dict[str, dict[str, Any]]:
+    """Results by case of a script that writes a JSON line for each into the file it is given."""
+    output = folder / "cases.jsonl"
+    launch(script, output, processes=processes, environment=LAYERS, timeout=400)
+    return {line.pop("case"): line for line in map(json.loads, output.read_text().splitlines())}
+
+
+def known(case: dict[str, Any]) -> dict[str, Any]:
+    """A case whose options the running Megatron has; else the test is skipped."""
+    if "unknown" in case:
+        pytest.skip(f"this Megatron has no {', '.join(case['unknown'])}")
+    return case
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], deadline: float) -> int:

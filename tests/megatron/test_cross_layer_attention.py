@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from tests.megatron.cla_table import (
     RECOMPUTED,
     STATIC_INFERENCE,
 )
-from tests.megatron.harness import Run, launch, train
+from tests.megatron.harness import Run, run_cases, train
 from tests.megatron.ladder_table import BATCH, GPT, HIDDEN, LAYERS, SEQUENCE, WORLD
 
 CASES = Path(__file__).with_name("cla_inference.py")
@@ -24,14 +23,7 @@ CASES = Path(__file__).with_name("cla_inference.py")
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Results of cla_cases.py and cla_inference.py over two tensor-parallel processes."""
-    output = tmp_path_factory.mktemp("cla") / "cases.jsonl"
-    environment = {
-        "TORCHDYNAMO_DISABLE": "1",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "PYTHONPATH": str(CASES.parents[2]),
-    }
-    launch(CASES, output, processes=WORLD, environment=environment, timeout=400)
-    return {line.pop("case"): line for line in map(json.loads, output.read_text().splitlines())}
+    return run_cases(CASES, tmp_path_factory.mktemp("cla"), WORLD)
 
 
 @pytest.mark.parametrize("name", AGAINST_RECURRENCE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.megatron.dense_moe_table import INFERENCE, STEPS, WORLD
-from tests.megatron.harness import Run, launch, train
+from tests.megatron.harness import Run, run_cases, train
 
 CASES = Path(__file__).with_name("dense_moe_cases.py")
 
@@ -19,14 +18,7 @@ CASES = Path(__file__).with_name("dense_moe_cases.py")
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Results of dense_moe_cases.py over two tensor-parallel processes."""
-    output = tmp_path_factory.mktemp("dense_moe") / "cases.jsonl"
-    environment = {
-        "TORCHDYNAMO_DISABLE": "1",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "PYTHONPATH": str(CASES.parents[2]),
-    }
-    launch(CASES, output, processes=WORLD, environment=environment, timeout=400)
-    return {line.pop("case"): line for line in map(json.loads, output.read_text().splitlines())}
+    return run_cases(CASES, tmp_path_factory.mktemp("dense_moe"), WORLD)
 
 
 @pytest.mark.parametrize("name", STEPS)

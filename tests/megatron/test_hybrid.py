@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 
 from megatron_plugins import convert, hybrid
 from megatron_plugins.ladder_residual import validate
-from tests.megatron.harness import Run, launch, train, without
+from tests.megatron.harness import Run, known, run_cases, train, without
 from tests.megatron.hybrid_table import AGAINST_GPT, AGAINST_RECURRENCE
 from tests.megatron.ladder_table import WORLD
 from torch_plugins.config import ConfigError, CrossLayerAttention, LadderResidual
@@ -23,20 +22,7 @@ TRAIN = Path(__file__).with_name("train_hybrid.py")
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Results of hybrid_cases.py over two processes."""
-    output = tmp_path_factory.mktemp("hybrid") / "cases.jsonl"
-    environment = {
-        "TORCHDYNAMO_DISABLE": "1",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "PYTHONPATH": str(CASES.parents[2]),
-    }
-    launch(CASES, output, processes=WORLD, environment=environment, timeout=400)
-    return {line.pop("case"): line for line in map(json.loads, output.read_text().splitlines())}
-
-
-def known(case: dict[str, Any]) -> dict[str, Any]:
-    if "unknown" in case:
-        pytest.skip(f"this Megatron has no {', '.join(case['unknown'])}")
-    return case
+    return run_cases(CASES, tmp_path_factory.mktemp("hybrid"), WORLD)
 
 
 @pytest.mark.parametrize("name", AGAINST_RECURRENCE)

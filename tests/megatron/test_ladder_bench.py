@@ -96,7 +96,7 @@ def test_ideal_and_hidden_share() -> None:
     assert exposed(3, "step", one) == 2 * 7 + 3 + 1 * 7 + 3
 
     records = [one, record(20, 13, 18), record(16, 99, 16)]  # the last one disturbed
-    forward, step = summarise(records)
+    forward, step = summarise(records, "virtual link")
     assert forward["standard_ms"] == 16  # the better one of the two
     assert forward["ladder"] == 0.65
     assert forward["ideal"] == 9 / 16

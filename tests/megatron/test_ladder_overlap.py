@@ -8,14 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.megatron.harness import launch
+from tests.megatron.harness import LAYERS, launch
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {
-    "TORCHDYNAMO_DISABLE": "1",
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    "PYTHONPATH": str(HERE.parents[1]),
-}
 NAMES = [
     f"{kind}{layout}"
     for kind in ("gpt", "llama", "partial", "recompute", "two-microbatches", "frozen")
@@ -29,7 +24,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, dict[
     folder, results = tmp_path_factory.mktemp("exact"), {}
     for size in (1, 2, 4):
         script = HERE / "ladder_exact.py"
-        launch(script, folder, processes=size, environment=ENVIRONMENT, timeout=200)
+        launch(script, folder, processes=size, environment=LAYERS, timeout=200)
         if size > 1:
             lines = map(json.loads, (folder / f"tp{size}.jsonl").read_text().splitlines())
             results[size] = {line.pop("case"): line for line in lines}
@@ -65,7 +60,7 @@ def test_a_rank_that_fails_is_no_hang(
     waited."""
     script = HERE / "ladder_fault.py"
     _, outputs = launch(
-        script, how, where, layout, processes=2, environment=ENVIRONMENT, check=False, timeout=60
+        script, how, where, layout, processes=2, environment=LAYERS, check=False, timeout=60
     )
     assert "tensor-parallel communication failed; if another rank ended" in outputs[0]
     assert any(f"error: {name}" in outputs[0] for name in named)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.megatron.harness import Run, launch, train
+from tests.megatron.harness import Run, known, run_cases, train
 from tests.megatron.ladder_table import AGAINST_RECURRENCE, WORLD
 
 CASES = Path(__file__).with_name("ladder_cases.py")
@@ -17,20 +16,7 @@ CASES = Path(__file__).with_name("ladder_cases.py")
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Results of ladder_cases.py over two tensor-parallel processes."""
-    output = tmp_path_factory.mktemp("ladder") / "cases.jsonl"
-    environment = {
-        "TORCHDYNAMO_DISABLE": "1",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "PYTHONPATH": str(CASES.parents[2]),
-    }
-    launch(CASES, output, processes=WORLD, environment=environment, timeout=400)
-    return {line.pop("case"): line for line in map(json.loads, output.read_text().splitlines())}
-
-
-def known(case: dict[str, Any]) -> dict[str, Any]:
-    if "unknown" in case:
-        pytest.skip(f"this Megatron has no {', '.join(case['unknown'])}")
-    return case
+    return run_cases(CASES, tmp_path_factory.mktemp("ladder"), WORLD)
 
 
 @pytest.mark.parametrize("name", AGAINST_RECURRENCE)

@@ -16,7 +16,7 @@ from megatron_plugins.export.checkpoint import Checkpoint, find_iteration
 from megatron_plugins.export.mapping import UNFUSED_NORMS, HFTensors
 from megatron_plugins.power_mup import REFUSED, scaled
 from megatron_plugins.refusals import refuse
-from tests.megatron.harness import Run, launch, train
+from tests.megatron.harness import Run, run_cases, train
 from tests.megatron.ladder_table import WORLD
 from tests.megatron.power_mup_table import AGAINST_RECURRENCE
 from torch_plugins.config import MUP_PRESETS, ConfigError, MupPreset, PowerMup
@@ -30,15 +30,7 @@ LAYERS = 4
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Results of power_mup_cases.py over two tensor-parallel processes."""
-    output = tmp_path_factory.mktemp("mup") / "cases.jsonl"
-    environment = {
-        "TORCHDYNAMO_DISABLE": "1",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    script = HERE / "power_mup_cases.py"
-    launch(script, output, processes=WORLD, environment=environment, timeout=300)
-    return {line.pop("case"): line for line in map(json.loads, output.read_text().splitlines())}
+    return run_cases(HERE / "power_mup_cases.py", tmp_path_factory.mktemp("mup"), WORLD)
 
 
 @pytest.mark.parametrize("name", AGAINST_RECURRENCE)

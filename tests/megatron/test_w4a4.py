@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.megatron.harness import Run, launch, train
+from tests.megatron.harness import Run, run_cases, train
 from tests.megatron.w4a4_table import STEPS, TOKENS, WORLD
 
 CASES = Path(__file__).with_name("w4a4_cases.py")
@@ -18,14 +17,7 @@ CASES = Path(__file__).with_name("w4a4_cases.py")
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Results of w4a4_cases.py over two tensor-parallel processes."""
-    output = tmp_path_factory.mktemp("w4a4") / "cases.jsonl"
-    environment = {
-        "TORCHDYNAMO_DISABLE": "1",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "PYTHONPATH": str(CASES.parents[2]),
-    }
-    launch(CASES, output, processes=WORLD, environment=environment, timeout=400)
-    return {line.pop("case"): line for line in map(json.loads, output.read_text().splitlines())}
+    return run_cases(CASES, tmp_path_factory.mktemp("w4a4"), WORLD)
 
 
 @pytest.mark.parametrize("name", STEPS)

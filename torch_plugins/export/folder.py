@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
-from .writer import INDEX
+from .weights import tensor_files
 
 if TYPE_CHECKING:
     from ..hf import PluginDecoderConfig
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 KINDS = ("llama", "granite")
 """``model_type`` of the folders that can be read."""
 
-WEIGHTS = "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """By their name in the header of a safetensors file."""
 
@@ -59,7 +58,7 @@ class Folder:
             self.decoder: PluginDecoderConfig = decoder_config(skeleton)
         except ConfigError as error:
             raise ConfigError(f"{path / 'config.json'}: {error}") from error
-        self._file = _files(path)
+        self._file = tensor_files(path)
         headers = {name: self._header(name) for name in self._file}
         wanted = {name: tuple(weight.shape) for name, weight in skeleton.named_parameters()}
         self._check_tensors({name: shape for name, (shape, _) in headers.items()}, wanted)
@@ -160,30 +159,3 @@ def _configuration(path: Path, kind: str) -> Any:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers raises whatever the file provokes
         raise ConfigError(f"{file}: transformers does not read it ({error})") from error
-
-
-def _files(path: Path) -> dict[str, str]:
-    """Tensor -> file in the folder."""
-    from safetensors import SafetensorError, safe_open
-
-    index, single = path / INDEX, path / WEIGHTS
-    if index.is_file():
-        weights: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        for file in sorted(set(weights.values())):
-            if Path(file).name != file:
-                raise ConfigError(f"{index}: refused, it refers to the file {file!r} outside")
-            if not (path / file).is_file():
-                raise ConfigError(f"{index}: it names {file}, which is not there")
-        return weights
-    if not single.is_file():
-        pickles = [file.name for file in (*path.glob("*.bin"), *path.glob("*.pt*"))]
-        hint = f"{', '.join(sorted(pickles)[:3])}: pickles are not read; " if pickles else ""
-        raise ConfigError(
-            f"{path}: neither {WEIGHTS} nor {INDEX}; {hint}save the model with transformers' "
-            "save_pretrained"
-        )
-    try:
-        with safe_open(single, "pt") as opened:
-            return dict.fromkeys(opened.keys(), WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{single}: cannot be read ({error})") from error

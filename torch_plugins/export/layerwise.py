@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .folder import EMBEDDING, HEAD, Folder
+from .weights import empty, fill
 
 
 @torch.no_grad()
@@ -35,21 +36,15 @@ def folder_logits(folder: Folder, input_ids: Tensor) -> Tensor:
 
 
 def _filling(folder: Folder, prefix: str) -> Callable[..., None]:
-    def fill(module: nn.Module, inputs: Any) -> None:
-        for name, _ in list(module.named_parameters()):
-            whole = f"{prefix}.{name}"
-            if whole == HEAD and HEAD not in folder.shapes:
-                whole = EMBEDDING
-            _set(module, name, folder.read(whole).float())
+    def before(module: nn.Module, inputs: Any) -> None:
+        names = [name for name, _ in module.named_parameters()]
+        fill(module, ((name, folder.read(stored(f"{prefix}.{name}")).float()) for name in names))
 
-    return fill
+    def stored(name: str) -> str:
+        return EMBEDDING if name == HEAD and HEAD not in folder.shapes else name
+
+    return before
 
 
 def _emptying(module: nn.Module, inputs: Any, output: Any) -> None:
-    for name, weight in list(module.named_parameters()):
-        _set(module, name, torch.empty_like(weight, device="meta"))
-
-
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    owner, _, last = name.rpartition(".")
-    setattr(module.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+    empty(module)

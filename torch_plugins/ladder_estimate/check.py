@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import StatisticsError, correlation
 
 from .constants import DATA_SHEET, FITTED
 from .paper import CELLS, FITTED_ON, Cell
@@ -95,18 +96,18 @@ def gain_error(predicted: Sequence[float], true: Sequence[float]) -> float:
 
 
 def spearman(left: Sequence[float], right: Sequence[float]) -> float:
-    """Pearson's correlation of ranks; equal values share their mean rank."""
-    x, y = _ranks(left), _ranks(right)
-    middle = (len(x) - 1) / 2
-    dot = lambda a, b: sum((p - middle) * (q - middle) for p, q in zip(a, b, strict=True))  # noqa: E731
-    scale = (dot(x, x) * dot(y, y)) ** 0.5
-    return dot(x, y) / scale if scale else 0.0
+    """Pearson's correlation of ranks; 0 where all values of one side are equal."""
+    try:
+        return correlation(_ranks(left), _ranks(right))
+    except StatisticsError:
+        return 0.0
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """Of each value: how many are less, and half of the other equal ones."""
-    less = lambda value: sum(other < value for other in values)  # noqa: E731
-    return [less(value) + (values.count(value) - 1) / 2 for value in values]
+    """Equal values share their mean rank: how many are less, and half of the other equal ones."""
+    return [
+        sum(other < value for other in values) + (values.count(value) - 1) / 2 for value in values
+    ]
 
 
 def verdicts(found: Sequence[Score]) -> list[tuple[str, bool]]:

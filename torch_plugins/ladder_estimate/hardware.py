@@ -1,7 +1,8 @@
 """Constants of data sheets, each with its source; nothing here is fitted.
 
 Rates are peaks of dense bf16 without sparsity; bandwidths are one direction's, where data sheets
-print the sum of both.
+print the sum of both. Rates, memory and NVLink were compared with public listings of the data
+sheets, not with the sheets; network adapters were not compared.
 """
 
 from __future__ import annotations

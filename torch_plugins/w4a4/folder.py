@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..export.weights import fill, parameters_on_meta, tensor_files
 from ..feature import ConfigError
 from ..w4a4_config import W4A4
 from .marker import SECTION, is_marker, read
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CLIPS = (".input_quantizer.clip_high", ".input_quantizer.clip_low")
 
 
@@ -48,7 +47,7 @@ class Folder:
         except ValueError as error:
             raise ConfigError(f"{path / 'config.json'}: {error}") from error
         self.feature, self.modules = self._section()
-        self.files = self._files()
+        self.files = {name: path / file for name, file in tensor_files(path).items()}
         self.config = self._config()
         self._open: dict[Path, Any] = {}
 
@@ -62,20 +61,6 @@ class Folder:
                 "that it was made from"
             )
         return read(section)
-
-    def _files(self) -> dict[str, Path]:
-        from safetensors import safe_open
-
-        if (self.path / INDEX).is_file():
-            weight_map = json.loads((self.path / INDEX).read_text())["weight_map"]
-            return {name: self.path / file for name, file in weight_map.items()}
-        if not (self.path / SINGLE).is_file():
-            raise ConfigError(
-                f"{self.path}: no {SINGLE} and no {INDEX}; load the model and save it again with "
-                "save_pretrained, which writes safetensors"
-            )
-        with safe_open(self.path / SINGLE, "pt") as file:
-            return dict.fromkeys(file.keys(), self.path / SINGLE)
 
     def _config(self) -> Any:
         from transformers import AutoConfig
@@ -168,41 +153,3 @@ class Folder:
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Floating-point tensors in a dtype; others, and all with None, as they are."""
     return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
-
-
-def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Put tensors into a model's parameters and buffers, by name, in place of those there."""
-    for name, tensor in tensors:
-        owner, _, last = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if last in module._parameters:
-            module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            module._buffers[last] = tensor
-
-
-def empty(module: nn.Module) -> None:
-    """Put a module's parameters back on ``meta``."""
-    for inner in module.modules():
-        for name, parameter in inner._parameters.items():
-            if parameter is not None:
-                inner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have parameters without memory; buffers, which no file may have, are
-    real."""
-    plain = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        plain(module, name, parameter)
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-    host: Any = nn.Module
-    host.register_parameter = register
-    try:
-        yield
-    finally:
-        host.register_parameter = plain

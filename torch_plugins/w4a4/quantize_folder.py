@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..export.proof import Verdict, VerificationError, folder_logits, random_ids, tolerance
+from ..export.weights import empty, fill
 from ..export.writer import check_output, new_folder, write_weights
 from ..feature import ConfigError
 from .activations import BlockInput, Input, TokenInput, from_clips, quantizing
@@ -31,7 +32,7 @@ from .compressed import (
     weight_from,
     weight_tensors,
 )
-from .folder import Folder, cast, empty, fill
+from .folder import Folder, cast
 from .layers import Passes, batches_of, decoder_layers
 from .marker import SECTION
 from .quantize import (

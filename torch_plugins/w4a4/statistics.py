@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..export.weights import empty
 from ..feature import ConfigError
 from ..ops.kurtosis import kurtosis
 from ..weight_quant import round_to_nearest
@@ -34,7 +35,7 @@ from .compressed import (
     input_from,
     weight_from,
 )
-from .folder import Folder, empty
+from .folder import Folder
 from .layers import Passes, batches_of, decoder_layers
 from .packed import scheme
 from .quantize import BITS, Hooks, Recipe, selected
