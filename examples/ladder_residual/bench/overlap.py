@@ -162,7 +162,7 @@ def main() -> None:
         records, spans = run(
             {**job, "modes": modes, "ratios": ratios, "real": real, "where": where}
         )
-        rows = [row for found in records.values() for row in summarise(found)]
+        rows = [row for found in records.values() for row in summarise(found, where)]
         results[where] = {"rows": rows, "repetitions": records}
         name = "overlap.png" if not real else "overlap_real.png"
         plot(rows, arguments.output / name, f"Ladder, TP={RANKS} on the CPU, {where}")
