@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .dense_moe_config import DenseMoE
+from .desync_config import DesyncResidual
 from .feature import ConfigError, Feature, did_you_mean, option
 from .w4a4_config import W4A4
 
@@ -29,6 +30,7 @@ __all__ = [
     "W4A4",
     "ConfigError",
     "DenseMoE",
+    "DesyncResidual",
     "Feature",
     "did_you_mean",
     "option",
@@ -318,6 +320,7 @@ class PowerMup(Feature):
 
 FEATURES: tuple[type[Feature], ...] = (
     LadderResidual,
+    DesyncResidual,
     DenseMoE,
     CrossLayerAttention,
     W4A4,

@@ -11,13 +11,20 @@ Shapes: B batch, S tokens, H heads, P head dimension, R rotated part of P.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import W4A4, ConfigError, CrossLayerAttention, DenseMoE, LadderResidual
+from .config import (
+    W4A4,
+    ConfigError,
+    CrossLayerAttention,
+    DenseMoE,
+    DesyncResidual,
+    LadderResidual,
+)
 
 Tensors = Mapping[str, Tensor]
 Config = Mapping[str, Any]
@@ -46,6 +53,8 @@ def logits(tensors: Tensors, config: Config, input_ids: Tensor) -> Tensor:
             not known here.
     """
     check_quantization(tensors, config)
+    if config.get("desync_residual") is not None:
+        return desync_logits(tensors, config, input_ids)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     ladder, producers = ladder_layers(config), kv_producers(config)
     kv: dict[int, tuple[Heads, Heads]] = {}
@@ -63,9 +72,67 @@ def logits(tensors: Tensors, config: Config, input_ids: Tensor) -> Tensor:
             m = scale * mlp(tensors, config, layer, r)
         else:
             m = scale * mlp(tensors, config, layer, r + a)
-    out = norm(tensors, config, "model.norm", r + a + m)
+    return head(tensors, config, r + a + m)
+
+
+def head(tensors: Tensors, config: Config, stream: Tensor) -> Tensor:
+    out = norm(tensors, config, "model.norm", stream)
     head = "lm_head" if "lm_head.weight" in tensors else "model.embed_tokens"
     return out @ tensors[f"{head}.weight"].T / config.get("logits_scaling", 1.0)
+
+
+def desync_logits(tensors: Tensors, config: Config, input_ids: Tensor) -> Tensor:
+    """Desync Residual, one rank after another, each with its rows and columns of every matrix.
+
+    Where a module reduces, all ranks go on with the mean of their streams and the sum of their
+    outputs; elsewhere each adds its own output to its own stream."""
+    feature = DesyncResidual.from_dict(config["desync_residual"])
+    reduces = iter(feature.resolve(config["num_hidden_layers"]))
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    scale = config.get("residual_multiplier", 1.0)
+    ranks = [RankTensors(tensors, rank, feature.ranks) for rank in range(feature.ranks)]
+    streams = [embed(tensors, config, input_ids, positions) for _ in ranks]
+    for index in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{index}"
+        for module in ("attention", "mlp"):
+            outputs = []
+            for own, x in zip(ranks, streams, strict=True):
+                if module == "attention":
+                    kv = keys_and_values(own, config, layer, x, positions)
+                    outputs.append(scale * attention(own, config, layer, x, positions, *kv))
+                else:
+                    outputs.append(scale * mlp(own, config, layer, x))
+            if next(reduces):
+                one = sum(outputs) + sum(streams) / len(ranks)
+                streams = [one for _ in ranks]
+            else:
+                streams = [x + output for x, output in zip(streams, outputs, strict=True)]
+    return head(tensors, config, streams[0])
+
+
+class RankTensors(Mapping[str, Tensor]):
+    """What one of ``ranks`` tensor-parallel ranks has of the layers."""
+
+    def __init__(self, tensors: Tensors, rank: int, ranks: int) -> None:
+        self.tensors, self.rank, self.ranks = tensors, rank, ranks
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor, module = self.tensors[name], name.split(".")[-2]
+        if module.endswith("layernorm"):
+            return tensor[self.rank] if tensor.ndim == 2 else tensor
+        if module in ("q_norm", "k_norm"):
+            return tensor
+        columns = module in ("o_proj", "down_proj")
+        return tensor.chunk(self.ranks, dim=1 if columns else 0)[self.rank]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def ladder_layers(config: Config) -> tuple[int, ...]:

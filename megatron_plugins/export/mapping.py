@@ -124,7 +124,9 @@ def _same_for(count: int) -> Convert:
 def _weight_rules(config: PluginDecoderConfig, args: Namespace, layer: int) -> Iterator[Rule]:
     width, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
-    yield from _norm_rules("self_attention.linear_qkv.layer_norm_", "input_layernorm", config, args)
+    attention_ranks, mlp_ranks = _ranks(config, layer)
+    norm = "self_attention.linear_qkv.layer_norm_"
+    yield from _norm_rules(norm, "input_layernorm", config, args, ranks=attention_ranks)
     yield from _qkv_rules(config, args, produces=config.kv_producers[layer] == layer)
     yield from _linear(
         "self_attention.linear_proj",
@@ -132,7 +134,8 @@ def _weight_rules(config: PluginDecoderConfig, args: Namespace, layer: int) -> I
         (width, queries),
         config.attention_output_bias,
     )
-    yield from _norm_rules("mlp.linear_fc1.layer_norm_", "post_attention_layernorm", config, args)
+    norm = "mlp.linear_fc1.layer_norm_"
+    yield from _norm_rules(norm, "post_attention_layernorm", config, args, ranks=mlp_ranks)
     experts = config.experts
     if experts is not None and experts.num_experts:
         yield from _expert_rules(config, experts.num_experts)
@@ -149,6 +152,16 @@ def _weight_rules(config: PluginDecoderConfig, args: Namespace, layer: int) -> I
     if experts is not None and experts.attention_experts:
         attention = ("self_attention", "self_attn")
         yield from _router_rules(*attention, config, experts.attention_experts)
+
+
+def _ranks(config: PluginDecoderConfig, layer: int) -> tuple[int, int]:
+    """Of a layer's norms before attention and MLP: ranks that have weights of their own; 0: the
+    weights are one for all."""
+    if config.desync is None:
+        return 0, 0
+    places = config.desync.places(config.num_hidden_layers)[2 * layer :][:2]
+    attention, mlp = (config.desync.ranks or 0 if place.inside else 0 for place in places)
+    return attention, mlp
 
 
 def _expert_rules(config: PluginDecoderConfig, experts: int) -> Iterator[Rule]:
@@ -234,15 +247,22 @@ def _norm_rules(
     args: Namespace,
     size: int | None = None,
     order: Tensor | slice = slice(None),
+    ranks: int = 0,
 ) -> Iterator[Rule]:
-    """A norm over ``size`` features, by default the hidden size, taken in another ``order``."""
-    shape = (size or config.hidden_size,)
+    """A norm over ``size`` features, by default the hidden size, taken in another ``order``; or the
+    norms of ``ranks``, one after another."""
+    shape = ((size or config.hidden_size) * max(ranks, 1),)
     # --apply-layernorm-1p keeps the weight minus one.
     plus = 1 if args.layernorm_zero_centered_gamma else 0
-    weight: Convert = lambda x: (x[order] + plus if plus else x[order],)  # noqa: E731
+
+    def bias(x: Tensor) -> tuple[Tensor, ...]:
+        return (x.unflatten(0, (ranks, -1)) if ranks else x[order],)
+
+    def weight(x: Tensor) -> tuple[Tensor, ...]:
+        return bias(x + plus if plus else x)
+
     yield Rule(f"{source}weight", (f"{target}.weight",), shape, weight)
     if config.normalization == "layernorm":
-        bias: Convert = lambda x: (x[order],)  # noqa: E731
         yield Rule(f"{source}bias", (f"{target}.bias",), shape, bias)
 
 

@@ -85,6 +85,33 @@ USED: tuple[Symbol, ...] = (
         relies_on=("_forward_impl", "tp_group", "is_expert"),
     ),
     Symbol(
+        id="apart-columns",
+        targets=("megatron.core.tensor_parallel:layers",),
+        feature="desync_residual",
+        why="within a region a linear neither gathers its input nor reduces the gradient of it, "
+        "and a norm belongs to its rank",
+        remove_when="never",
+        relies_on=(
+            "self.allreduce_dgrad",
+            "self.sequence_parallel",
+            "self.disable_grad_reduce",
+            "def set_tensor_model_parallel_attributes(",
+        ),
+    ),
+    Symbol(
+        id="ends-of-regions",
+        targets=("megatron.core.tensor_parallel:mappings",),
+        feature="desync_residual",
+        why="a region begins and ends with upstream's collectives and their adjoints",
+        remove_when="never",
+        relies_on=(
+            "def copy_to_tensor_model_parallel_region(",
+            "def gather_from_sequence_parallel_region(",
+            "def reduce_from_tensor_model_parallel_region(",
+            "def reduce_scatter_to_sequence_parallel_region(",
+        ),
+    ),
+    Symbol(
         id="gathered-input",
         targets=("megatron.core.parallel_state:get_global_memory_buffer",),
         feature="ladder_residual",

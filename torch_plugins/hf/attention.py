@@ -182,7 +182,7 @@ class PluginDecoderAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        out = out.flatten(2).contiguous()
         return self._project(out, hidden_states), weights, key, value
 
     def _project(self, heads: Tensor, hidden_states: Tensor) -> Tensor:

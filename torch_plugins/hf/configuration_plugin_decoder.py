@@ -13,6 +13,7 @@ from ..config import (
     ConfigError,
     CrossLayerAttention,
     DenseMoE,
+    DesyncResidual,
     LadderResidual,
     did_you_mean,
 )
@@ -50,6 +51,9 @@ class PluginDecoderConfig(PretrainedConfig):
         residual_multiplier: scales every module before it is added to the stream.
         logits_scaling: divides the logits.
         ladder_residual: ``{"layers": SPEC}`` or None; see ``torch_plugins.config.LadderResidual``.
+        desync_residual: ``{"pattern": "2x", "ranks": T}`` or None: the function of T
+            tensor-parallel ranks; see ``torch_plugins.desync_config.DesyncResidual``. Norms of
+            modules in a region have weights ``[T, hidden_size]``.
         cross_layer_attention: ``{"sharing_factor": N}`` or ``{"pattern": "0,0,2,2"}``, with
             ``"kv_norm"``, or None; see ``torch_plugins.config.CrossLayerAttention``. Gemma 3n's
             ``num_kv_shared_layers`` is the nearest standing field, but its sharing layers are the
@@ -98,6 +102,7 @@ class PluginDecoderConfig(PretrainedConfig):
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
         ladder_residual: dict[str, Any] | None = None,
+        desync_residual: dict[str, Any] | None = None,
         cross_layer_attention: dict[str, Any] | None = None,
         dense_moe: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -134,6 +139,7 @@ class PluginDecoderConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         self.ladder_residual = ladder_residual
+        self.desync_residual = desync_residual
         self.cross_layer_attention = cross_layer_attention
         self.dense_moe = dense_moe
         if head_dim is None and hidden_size % num_attention_heads:
@@ -188,7 +194,7 @@ class PluginDecoderConfig(PretrainedConfig):
                 raise ConfigError(
                     f"{feature.key()} {section!r}: use a dict of its options, or null"
                 )
-        _ = self.ladder_layers, self.kv_producers, self.experts
+        _ = self.ladder_layers, self.kv_producers, self.experts, self.desync
 
     @property
     def ladder_layers(self) -> tuple[int, ...]:
@@ -196,6 +202,15 @@ class PluginDecoderConfig(PretrainedConfig):
         if self.ladder_residual is None:
             return ()
         return LadderResidual.from_dict(self.ladder_residual).resolve(self.num_hidden_layers)
+
+    @property
+    def desync(self) -> DesyncResidual | None:
+        """Desync Residual, checked against the shape; None without the feature."""
+        if self.desync_residual is None:
+            return None
+        feature: DesyncResidual = DesyncResidual.from_dict(self.desync_residual)
+        check_ranks(self, feature)
+        return feature
 
     @property
     def kv_producers(self) -> tuple[int, ...]:
@@ -238,8 +253,9 @@ class PluginDecoderConfig(PretrainedConfig):
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """Tensor parallelism: column-parallel into each module, row-parallel out of it. Empty for
-        experts, where scores and matrices would have to be divided alike: transformers refuses."""
-        if self.dense_moe is not None:
+        experts, where scores and matrices would have to be divided alike, and for ranks of Desync
+        Residual, which one process computes: transformers refuses."""
+        if self.dense_moe is not None or self.desync_residual is not None:
             return {}
         columns = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"]
         columns += ["mlp.gate_proj"] if self.mlp_gated else []
@@ -254,11 +270,12 @@ class PluginDecoderConfig(PretrainedConfig):
         """Pipeline parallelism, or None where it would be wrong.
 
         A stage hands the next one a single tensor, as if it were an embedding: the two streams of
-        ladder layers and shared keys and values do not fit, and an embedding multiplier or position
-        table would act twice.
+        ladder layers, those of ranks and shared keys and values do not fit, and an embedding
+        multiplier or position table would act twice.
         """
         if (
             self.ladder_layers
+            or self.desync_residual is not None
             or "reuse" in self.kv_sharing_modes
             or self.embedding_multiplier != 1
             or self.position_embedding_type == "learned_absolute"
@@ -276,6 +293,34 @@ class PluginDecoderConfig(PretrainedConfig):
         if self._auto_class is None:  # else loaded as remote code, which transformers copies itself
             write_remote_code(save_directory)
         super().save_pretrained(save_directory, **kwargs)
+
+
+def check_ranks(config: PluginDecoderConfig, feature: DesyncResidual) -> None:
+    """Refuse ranks that cannot divide the decoder, or that another feature does not know.
+
+    Raises:
+        ConfigError: names field, value and remedy.
+    """
+    feature.resolve(config.num_hidden_layers)
+    if feature.ranks is None:
+        raise ConfigError(
+            "desync_residual.ranks: missing; the function depends on the number of "
+            "tensor-parallel ranks that the model was trained with"
+        )
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(config, name) % feature.ranks:
+            raise ConfigError(
+                f"desync_residual.ranks {feature.ranks}: must divide {name} {getattr(config, name)}"
+            )
+    for name in ("attention_output_bias", "mlp_bias"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"{name} True: with desync_residual each rank would add it to its own stream; set "
+                "false"
+            )
+    for other in (LadderResidual, CrossLayerAttention, DenseMoE):
+        if getattr(config, other.key()) is not None:
+            raise ConfigError(f"{other.key()} with desync_residual: drop one of them")
 
 
 def check_experts(config: PluginDecoderConfig, feature: DenseMoE) -> None:

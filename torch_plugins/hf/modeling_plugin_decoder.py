@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..config import ConfigError
 from .attention import PluginDecoderAttention, PluginDecoderRotaryEmbedding
 from .configuration_plugin_decoder import PluginDecoderConfig
+from .desync import build_rank_norm, divide
 from .experts import PluginDecoderDenseMoE, PluginDecoderDenseMoEAttention, set_experts
 from .mlp import PluginDecoderMLP
 from .norm import build_norm
@@ -116,12 +117,55 @@ class PluginDecoderLayer(GradientCheckpointingLayer):
         return bool(self._forward_hooks)
 
 
+class PluginDecoderDesyncLayer(PluginDecoderLayer):
+    """Attention and MLP of a model with Desync Residual, in a region of its pattern or not.
+
+    The stream is ``[T, B, S, D]`` within a region, one for each rank, and ``[B, S, D]`` elsewhere.
+    """
+
+    def __init__(self, config: PluginDecoderConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        desync = config.desync
+        assert desync is not None
+        assert desync.ranks is not None
+        places = desync.places(config.num_hidden_layers)
+        self.places = places[2 * layer_idx], places[2 * layer_idx + 1]
+        norms = ("input_layernorm", "post_attention_layernorm")
+        for place, module, norm in zip(self.places, (self.self_attn, self.mlp), norms, strict=True):
+            if place.inside:
+                divide(module, desync.ranks)
+                setattr(self, norm, build_rank_norm(config, desync.ranks))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_states: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        pending: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Stream before the layer to stream after it; nothing else goes from layer to layer."""
+        attention, mlp = self.places
+        normed = self.input_layernorm(hidden_states)
+        out, *_ = self.self_attn(normed, hidden_states, **kwargs)
+        hidden_states = self._after(hidden_states, out, attention.leaves)
+        out = self.mlp(self.post_attention_layernorm(hidden_states))
+        return self._after(hidden_states, out, mlp.leaves)
+
+    def _after(self, stream: Tensor, out: Tensor, leaves: bool) -> Tensor:
+        """Each stream with its rank's addend; ``leaves``: one stream, all addends on their mean."""
+        if leaves:
+            stream, out = stream.mean(0), out.sum(0)
+        return self._add(stream, out)
+
+
 class PluginDecoderPreTrainedModel(PreTrainedModel):
     config_class = PluginDecoderConfig
     config: PluginDecoderConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PluginDecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["PluginDecoderLayer", "PluginDecoderDesyncLayer"]  # noqa: RUF012
     _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -175,8 +219,9 @@ class PluginDecoderModel(PluginDecoderPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         if config.position_embedding_type == "learned_absolute":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        layer = PluginDecoderLayer if config.desync is None else PluginDecoderDesyncLayer
         self.layers = nn.ModuleList(
-            PluginDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+            layer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = build_norm(config)
         if config.position_embedding_type == "rope":

@@ -17,9 +17,13 @@ class PluginDecoderRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.weight * self.normalize(x)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Without the weight."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
+        return wide.to(x.dtype)
 
 
 def build_norm(config: PluginDecoderConfig, size: int | None = None) -> nn.Module:

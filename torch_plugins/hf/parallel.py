@@ -61,12 +61,18 @@ def check(config: PluginDecoderConfig, size: int) -> None:
     """Refuse what ``size`` processes cannot share.
 
     Raises:
-        ConfigError: experts, or a number of heads that ``size`` does not divide.
+        ConfigError: experts, ranks of Desync Residual, or a number of heads that ``size`` does not
+            divide.
     """
     if size > 1 and config.dense_moe is not None:
         raise ConfigError(
             f"tp_size {size}: dense_moe has no tensor parallel plan, as scores and matrices would "
             "have to be divided alike; use pipeline parallelism, or device_map"
+        )
+    if size > 1 and config.desync_residual is not None:
+        raise ConfigError(
+            f"tp_size {size}: the ranks of desync_residual are computed in one process; use "
+            "device_map"
         )
     for name in ("num_attention_heads", "num_key_value_heads"):
         if getattr(config, name) % size:

@@ -70,7 +70,7 @@ MODELS = {
 
 _DENSE = ("llama", "mistral", "granite", "qwen2", "qwen3", "plugin_decoder")
 
-_UNLIKE = ("num_local_experts", "dense_moe", "cross_layer_attention")
+_UNLIKE = ("num_local_experts", "dense_moe", "cross_layer_attention", "desync_residual")
 
 
 def from_config(path: Path) -> Shape:

@@ -71,6 +71,11 @@ class Folder:
             raise ConfigError(
                 f"{self.path}: carries code of its own; read it, then say --trust-remote-code"
             )
+        if self.fields.get("desync_residual") is not None:
+            raise ConfigError(
+                f"{self.path}: desync_residual: each of its ranks has inputs of its own, which one "
+                "clip or scale of a linear layer would not fit; quantize another model"
+            )
         if self.fields.get("dense_moe") is not None:
             raise ConfigError(
                 f"{self.path}: dense_moe: its experts are computed without their linear layers, "

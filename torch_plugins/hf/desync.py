@@ -1,0 +1,82 @@
+"""Desync Residual in one process: what each of T tensor-parallel ranks would compute.
+
+A matrix has the rows or columns of rank 0 first, then those of rank 1, and so on, as a
+tensor-parallel run divides it: each rank has whole heads of its own, with their keys and values.
+Under a pattern's regions every rank has its own residual stream, and its own norm weights.
+
+Shapes: T ranks, B batch, S tokens, D hidden size, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_plugin_decoder import PluginDecoderConfig
+from .norm import PluginDecoderRMSNorm
+
+ROWS = ("o_proj", "down_proj")
+"""Row-parallel projections, which lead back to the stream; the others are column-parallel."""
+
+
+class PluginDecoderRankRMSNorm(PluginDecoderRMSNorm):
+    """RMSNorm with weights ``[T, D]`` of each rank: ``[T, B, S, D]``, or one stream for all of
+    them, ``[B, S, D]``, to ``[T, B, S, D]``."""
+
+    def __init__(self, hidden_size: int, eps: float, ranks: int) -> None:
+        super().__init__(hidden_size, eps)
+        self.weight = nn.Parameter(torch.ones(ranks, hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight[:, None, None] * self.normalize(x)
+
+
+class PluginDecoderRankLayerNorm(nn.Module):
+    """The same of LayerNorm."""
+
+    def __init__(self, hidden_size: int, eps: float, bias: bool, ranks: int) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(ranks, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(ranks, hidden_size)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.weight[:, None, None] * nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return out if self.bias is None else out + self.bias[:, None, None]
+
+
+def build_rank_norm(config: PluginDecoderConfig, ranks: int) -> nn.Module:
+    """The configured norm over the hidden size, with weights of each rank."""
+    if config.normalization == "rmsnorm":
+        return PluginDecoderRankRMSNorm(config.hidden_size, config.norm_eps, ranks)
+    return PluginDecoderRankLayerNorm(config.hidden_size, config.norm_eps, config.norm_bias, ranks)
+
+
+class PluginDecoderRankColumn(nn.Linear):
+    """Every rank's rows of the matrix on its own input: ``[T, B, S, I] -> [B, S, O]``."""
+
+    ranks: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.unflatten(0, (self.ranks, -1))
+        out = torch.einsum("tbsi,toi->bsto", x, weight).flatten(-2)
+        return out if self.bias is None else out + self.bias
+
+
+class PluginDecoderRankRow(nn.Linear):
+    """Every rank's partial sums, of its columns of the matrix: ``[B, S, I] -> [T, B, S, O]``."""
+
+    ranks: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.unflatten(1, (self.ranks, -1))
+        return torch.einsum("bsti,oti->tbso", x.unflatten(-1, (self.ranks, -1)), weight)
+
+
+def divide(module: nn.Module, ranks: int) -> None:
+    """Have the projections of an attention or MLP compute what the ranks would."""
+    for name, linear in module.named_children():
+        if isinstance(linear, nn.Linear):
+            kind = PluginDecoderRankRow if name in ROWS else PluginDecoderRankColumn
+            linear.__class__ = kind
+            linear.ranks = ranks  # type: ignore[assignment]
