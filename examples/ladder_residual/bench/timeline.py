@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from variants import LADDER, STANDARD, Shape, Variant
@@ -63,7 +64,8 @@ def trace(bench: Any, set_link: Callable[[float], None], shape: Shape) -> dict[s
     import torch.distributed as dist
     from variants import STANDARD_BOUND
 
-    module = torch.tensor(bench.time(STANDARD_BOUND)["forward"] / 1000 / shape.modules)
+    times = [bench.time(STANDARD_BOUND)["forward"] for _ in range(5)]
+    module = torch.tensor(median(times) / 1000 / shape.modules)
     dist.broadcast(module, 0)
     set_link(RATIO * module.item())
     events: list[dict[str, Any]] = []
