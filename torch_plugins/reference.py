@@ -90,7 +90,8 @@ def desync_logits(tensors: Tensors, config: Config, input_ids: Tensor) -> Tensor
     reduces = iter(feature.resolve(config["num_hidden_layers"]))
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     scale = config.get("residual_multiplier", 1.0)
-    ranks = [RankTensors(tensors, rank, feature.ranks) for rank in range(feature.ranks)]
+    count, width = feature.ranks, config["hidden_size"]
+    ranks = [RankTensors(tensors, rank, count, width) for rank in range(count)]
     streams = [embed(tensors, config, input_ids, positions) for _ in ranks]
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}"
@@ -103,7 +104,7 @@ def desync_logits(tensors: Tensors, config: Config, input_ids: Tensor) -> Tensor
                 else:
                     outputs.append(scale * mlp(own, config, layer, x))
             if next(reduces):
-                one = sum(outputs) + sum(streams) / len(ranks)
+                one = sum(outputs) + sum(streams) / count
                 streams = [one for _ in ranks]
             else:
                 streams = [x + output for x, output in zip(streams, outputs, strict=True)]
@@ -111,15 +112,16 @@ def desync_logits(tensors: Tensors, config: Config, input_ids: Tensor) -> Tensor
 
 
 class RankTensors(Mapping[str, Tensor]):
-    """What one of ``ranks`` tensor-parallel ranks has of the layers."""
+    """What one of ``ranks`` tensor-parallel ranks has of the layers; ``width`` is the stream's."""
 
-    def __init__(self, tensors: Tensors, rank: int, ranks: int) -> None:
-        self.tensors, self.rank, self.ranks = tensors, rank, ranks
+    def __init__(self, tensors: Tensors, rank: int, ranks: int, width: int) -> None:
+        self.tensors, self.rank, self.ranks, self.width = tensors, rank, ranks, width
 
     def __getitem__(self, name: str) -> Tensor:
         tensor, module = self.tensors[name], name.split(".")[-2]
         if module.endswith("layernorm"):
-            return tensor[self.rank] if tensor.ndim == 2 else tensor
+            parts = tensor.split(self.width)
+            return parts[self.rank] if len(parts) > 1 else tensor
         if module in ("q_norm", "k_norm"):
             return tensor
         columns = module in ("o_proj", "down_proj")

@@ -155,12 +155,11 @@ def _weight_rules(config: PluginDecoderConfig, args: Namespace, layer: int) -> I
 
 
 def _ranks(config: PluginDecoderConfig, layer: int) -> tuple[int, int]:
-    """Of a layer's norms before attention and MLP: ranks that have weights of their own; 0: the
-    weights are one for all."""
-    if config.desync is None:
-        return 0, 0
+    """Of a layer's norms before attention and MLP: ranks that have weights of their own."""
+    if config.desync is None or config.desync.ranks is None:
+        return 1, 1
     places = config.desync.places(config.num_hidden_layers)[2 * layer :][:2]
-    attention, mlp = (config.desync.ranks or 0 if place.inside else 0 for place in places)
+    attention, mlp = (config.desync.ranks if place.inside else 1 for place in places)
     return attention, mlp
 
 
@@ -247,22 +246,17 @@ def _norm_rules(
     args: Namespace,
     size: int | None = None,
     order: Tensor | slice = slice(None),
-    ranks: int = 0,
+    ranks: int = 1,
 ) -> Iterator[Rule]:
-    """A norm over ``size`` features, by default the hidden size, taken in another ``order``; or the
-    norms of ``ranks``, one after another."""
-    shape = ((size or config.hidden_size) * max(ranks, 1),)
+    """A norm over ``size`` features, by default the hidden size, taken in another ``order``; of
+    ``ranks`` with norms of their own, one after another."""
+    shape = (ranks * (size or config.hidden_size),)
     # --apply-layernorm-1p keeps the weight minus one.
     plus = 1 if args.layernorm_zero_centered_gamma else 0
-
-    def bias(x: Tensor) -> tuple[Tensor, ...]:
-        return (x.unflatten(0, (ranks, -1)) if ranks else x[order],)
-
-    def weight(x: Tensor) -> tuple[Tensor, ...]:
-        return bias(x + plus if plus else x)
-
+    weight: Convert = lambda x: (x[order] + plus if plus else x[order],)  # noqa: E731
     yield Rule(f"{source}weight", (f"{target}.weight",), shape, weight)
     if config.normalization == "layernorm":
+        bias: Convert = lambda x: (x[order],)  # noqa: E731
         yield Rule(f"{source}bias", (f"{target}.bias",), shape, bias)
 
 

@@ -3,7 +3,7 @@
 ``python -m megatron_plugins.export.megatron_model REQUEST.json``. Uses the GPU where there is one,
 else the CPU backend. Megatron builds its GPTModel (local spec, features included) from the
 checkpoint's arguments and loads the weights through its own dist_checkpointing, in fp32 and without
-parallelism.
+parallelism, or in as many tensor-parallel processes as Desync Residual has ranks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 import megatron_plugins  # noqa: F401  (arms the plugins)
+from torch_plugins.config import DesyncResidual
 from torch_plugins.w4a4.quantizer import Mode, quantizers_of, set_mode
 
 PLAIN: dict[str, Any] = {
@@ -75,6 +77,11 @@ PLAIN: dict[str, Any] = {
 What inference leaves out does, and all of it is compared."""
 
 
+def ranks_of(saved: dict[str, Any]) -> int:
+    """Tensor-parallel processes that the function of a checkpoint's model depends on."""
+    return int(saved["desync_ranks"]) if saved.get(DesyncResidual.key()) else 1
+
+
 def restored_arguments(saved: dict[str, Any]) -> Namespace:
     """Defaults of the installed Megatron, the checkpoint's arguments over them, then ``PLAIN``."""
     from megatron.training.arguments import add_megatron_arguments
@@ -84,6 +91,7 @@ def restored_arguments(saved: dict[str, Any]) -> Namespace:
     for name, value in (saved | PLAIN).items():
         if hasattr(args, name) or name in PLAIN:
             setattr(args, name, value)
+    args.tensor_model_parallel_size = ranks_of(saved)
     args.params_dtype = torch.float32
     args.cpu_backend = False
     return args
@@ -137,8 +145,9 @@ def load(model: Any, checkpoint: str) -> None:
         raise RuntimeError(f"missing {missing}, unexpected {problems.unexpected_keys}")
 
 
-def start() -> str:
-    """Bring up Megatron in this one process; returns what it runs on, for the report."""
+def start(store: Any = None, rank: int = 0, ranks: int = 1) -> str:
+    """Bring up Megatron in this process, one of ``ranks``; returns what it runs on, for the
+    report."""
     gpu = torch.cuda.is_available()
     if not gpu:
         from megatron_plugins import cpu
@@ -148,12 +157,13 @@ def start() -> str:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    store = store or torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
     model_parallel_cuda_manual_seed(0)
     release = megatron.core.__version__.partition("+")[0]  # the rest is about the current folder
-    return f"Megatron-Core {release} on the {'GPU' if gpu else 'CPU backend'}"
+    where = f"Megatron-Core {release} on the {'GPU' if gpu else 'CPU backend'}"
+    return where if ranks == 1 else f"{where}, {ranks} processes"
 
 
 def answer(request: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -179,14 +189,31 @@ def answer(request: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     return logits(Mode.OFF), logits(Mode.QUANTIZE) if quantizers else None
 
 
-def main(request_files: Sequence[str]) -> None:
-    against = start()
-    for file in request_files:
-        request = json.loads(Path(file).read_text())
+def answer_all(rank: int, ranks: int, store_file: str, requests: list[dict[str, Any]]) -> None:
+    """In one of ``ranks`` processes, which find each other through a file."""
+    store = torch.distributed.FileStore(store_file, ranks) if ranks > 1 else None
+    against = start(store, rank, ranks)
+    for request in requests:
         logits, quantized = answer(request)
         found = {"logits": logits, "quantized": quantized, "against": against}
-        torch.save(found, request["logits"])
+        if rank == 0:
+            torch.save(found, request["logits"])
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def main(request_files: Sequence[str]) -> None:
+    by_ranks: dict[int, list[dict[str, Any]]] = {}
+    for file in request_files:
+        request = json.loads(Path(file).read_text())
+        by_ranks.setdefault(ranks_of(request["args"]), []).append(request)
+    for ranks, requests in by_ranks.items():
+        if ranks == 1:
+            answer_all(0, 1, "", requests)
+            continue
+        with tempfile.TemporaryDirectory() as place:
+            work = (ranks, str(Path(place) / "store"), requests)
+            torch.multiprocessing.spawn(answer_all, work, nprocs=ranks)
 
 
 if __name__ == "__main__":

@@ -105,10 +105,7 @@ class ReferenceTensors(Mapping[str, Tensor]):
 
     def _norm(self, index: int, linear: str, apart: str, end: str) -> Tensor | None:
         fused = self._layer(index, f"{linear}.layer_norm_{end}")
-        found = self._layer(index, f"{apart}.{end}") if fused is None else fused
-        if found is not None and found.numel() != self.args.hidden_size:  # one rank after another
-            return torch.stack(found.split(self.args.hidden_size))
-        return found
+        return self._layer(index, f"{apart}.{end}") if fused is None else fused
 
     def _experts(self, index: int, projection: str) -> Tensor | None:
         """One matrix of all experts, taken expert by expert out of the stack."""

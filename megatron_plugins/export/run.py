@@ -71,6 +71,11 @@ def export(
     progress(f"vocabulary: {size} of {padded} rows ({source})")
     kept = DTYPES[dtype] or checkpoint.dtype(EMBEDDING)
     config = decoder_config(checkpoint.args, size, str(kept).removeprefix("torch."))
+    if config.desync is not None:
+        progress(
+            f"{config.desync.title}: the function of {config.desync.ranks} tensor-parallel ranks, "
+            "which one process computes; config.json says so, and no other number of ranks has it"
+        )
     tensors = HFTensors(checkpoint, config, DTYPES[dtype])
     with new_folder(output, force) as folder:
         model_type = write_model(folder, config, tensors, files, max_shard_size, progress)

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from deepspeed_plugins.export.checkpoint import read
 from deepspeed_plugins.seams import versions
-from torch_plugins.config import ConfigError, CrossLayerAttention, LadderResidual
+from torch_plugins.config import ConfigError, CrossLayerAttention, DesyncResidual, LadderResidual
 from torch_plugins.hf.convert import convert
 
 SIZES = {
@@ -40,7 +40,13 @@ GRANITE = GraniteConfig(**SIZES, tie_word_embeddings=True, residual_multiplier=0
 LADDER = {"ladder_residual": {"layers": "all"}}
 SHARED = {"cross_layer_attention": {"sharing_factor": 2}}
 BOTH = LADDER | {"cross_layer_attention": {"sharing_factor": 2, "kv_norm": "separate"}}
-FEATURES = {"ladder": (LLAMA, LADDER), "sharing": (GRANITE, SHARED), "both": (QWEN3, BOTH)}
+DESYNC = {"desync_residual": {"pattern": "4x", "ranks": 2}}
+FEATURES = {
+    "ladder": (LLAMA, LADDER),
+    "sharing": (GRANITE, SHARED),
+    "both": (QWEN3, BOTH),
+    "desync": (QWEN3, DESYNC),
+}
 STAGES = range(4)
 STEPS, STOP, RATE = 4, 2, 0.01
 OLD = versions.installed() < (0, 19, 8)
@@ -84,7 +90,7 @@ def train(engine, first=0, last=STEPS):
 
 
 def features_of(section):
-    kinds = {"ladder_residual": LadderResidual, "cross_layer_attention": CrossLayerAttention}
+    kinds = {kind.key(): kind for kind in (LadderResidual, CrossLayerAttention, DesyncResidual)}
     return [kinds[key].from_dict(fields) for key, fields in section.items()]
 
 
@@ -284,6 +290,9 @@ def refused():
         "kv_init": (stock(), LADDER | {"kv_init": "mean"}),
         "none": (stock(), {"ladder_residual": {"layers": "none"}}),
         "factor": (stock(), {"cross_layer_attention": {"sharing_factor": 5}}),
+        "ranks": (stock(), {"desync_residual": {}}),
+        "rank heads": (stock(), {"desync_residual": {"ranks": 4}}),
+        "pattern": (stock(), {"desync_residual": {"pattern": "00,01,00,01,00", "ranks": 2}}),
         "model": (torch.nn.Linear(8, 8), LADDER),
         "pipeline": (pipeline, LADDER),
     }
@@ -294,6 +303,7 @@ def refused():
         adapted.peft_config = {}
         one_head = stock(LlamaConfig(**SIZES | {"num_key_value_heads": 1}))
         cases = {
+            "desync": (stock(), settings(0, DESYNC, tensor_parallel=cut)),
             "preset": (stock(), parallel(cut | {"preset_model": "llama"})),
             "plan": (stock(), parallel(cut | {"partition_config": plan})),
             "heads": (one_head, parallel(cut)),

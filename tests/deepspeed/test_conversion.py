@@ -43,7 +43,7 @@ def cases(request, recorded):
 
 def test_every_feature_trains_as_plain_torch_does(cases):
     """ZeRO 0 to 3: losses and parameters after 4 steps; engines sum in another order."""
-    assert len(cases["torch"]) == {1: 4, 2: 12}[len(cases["logs"])]
+    assert len(cases["torch"]) == {1: 4, 2: 16}[len(cases["logs"])]
     for name, seen in cases["torch"].items():
         assert seen["losses"] < 1e-5, name
         assert seen["parameters"] < 1e-4, name
@@ -124,6 +124,9 @@ REFUSED = {
     "kv_init": "deepspeed_plugins.kv_init: goes with cross_layer_attention only",
     "none": "layers 'none' has no ladder layer: name at least one of 0 to 3",
     "factor": "cross_layer_attention.sharing_factor (--cla-sharing-factor) 5: the model has 4",
+    "ranks": "deepspeed_plugins.desync_residual.ranks: missing; give the number",
+    "rank heads": "desync_residual.ranks 4: must divide num_key_value_heads 2",
+    "pattern": "'00,01,00,01,00': names 5 layers, the model has 4",
     "model": "torch.nn.modules.linear.Linear cannot be converted; known are",
     "pipeline": "a PipelineModule is cut into stages",
 }
@@ -140,6 +143,8 @@ def test_refused_by_name(recorded):
         "adapters": "AutoTP would leave the weights under PEFT's adapters whole",
     }
     old = versions.installed() < versions.AUTOTP_OLDEST
+    desync = recorded[2]["refused"]["desync"]
+    assert "desync_residual with tensor_parallel.autotp_size 2: each process computes" in desync
     for name, message in tensor_parallel.items():
         seen = recorded[2]["refused"][name]
         assert "ladder_residual with tensor_parallel.autotp_size 2: " in seen

@@ -118,8 +118,6 @@ def together(model: GPTModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         elif name not in apart:
             assert all(torch.allclose(part, parts[0], rtol=1e-13) for part in parts), name
             whole[target] = parts[0]
-        elif "norm" in name:
-            whole[target] = torch.stack(parts)
         else:
             whole[target] = torch.cat(parts, dim=model.get_parameter(name).partition_dim)
     return whole

@@ -32,7 +32,7 @@ from tests.parity.deepspeed_table import (
     WRONG,
     Case,
 )
-from torch_plugins.config import DenseMoE
+from torch_plugins.config import DenseMoE, DesyncResidual
 from torch_plugins.hf.convert import convert
 from torch_plugins.mup import param_groups
 
@@ -47,6 +47,8 @@ def stock(case: Case, weights: dict[str, Tensor], poisoned: bool) -> nn.Module:
     model = AutoModelForCausalLM.from_config(config)
     if "dense_moe" in case.section:  # the JSON finds the routers, with Megatron's weights
         convert(model, [DenseMoE.from_dict({**case.section["dense_moe"], "gated": True})])
+    if "desync_residual" in case.section:  # the same of the norms of ranks
+        convert(model, [DesyncResidual.from_dict(case.section["desync_residual"])])
     for name, parameter in model.state_dict().items():
         if name in weights:
             parameter.copy_(weights[name])

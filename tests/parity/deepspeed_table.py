@@ -71,6 +71,8 @@ EXPERTS_FLAGS = (
     "--dsmoe-num-experts 4 --dsmoe-attention-experts 2 --dsmoe-gated --dsmoe-router-hidden-size 32 "
     "--dsmoe-mi-weight-mlp 0.5 --dsmoe-mi-weight-attention 0.3 "
 )
+DESYNC = {"pattern": "3x", "ranks": 2}
+DESYNC_FLAGS = "--desync-pattern 3x --sequence-parallel "
 CLIPS = {"clip_init": 1, "kurtosis_weight": 0.1, "modules": "*o_proj,*down_proj"}
 CLIPS_FLAGS = (
     "--w4a4 --w4a4-clip-init 1 --w4a4-kurtosis-weight 0.1 --w4a4-modules *linear_proj,*linear_fc2 "
@@ -112,6 +114,7 @@ CASES = {
         {"head_dim": 16},
         PARTIAL | SEPARATE,
     ),
+    "desync": Case(DESYNC_FLAGS, section={"desync_residual": DESYNC}),
     "experts": Case(EXPERTS_FLAGS, section={"dense_moe": EXPERTS}),
     "w4a4": Case(CLIPS_FLAGS, section={"w4a4": CLIPS}),
     "kurtosis": Case(KURTOSIS_FLAGS + "--sequence-parallel ", section={"w4a4": KURTOSIS}),
@@ -145,6 +148,11 @@ WRONG = {
             CASES["ladder and sharing"],
             section=PARTIAL | {"cross_layer_attention": {"pattern": "keep-ends"}},
         ),
+    ),
+    "desync: another pattern": (
+        "desync",
+        "loss",
+        replace(CASES["desync"], section={"desync_residual": DESYNC | {"pattern": "2x"}}),
     ),
     "experts: mean of the scores of one rank": (
         "experts",

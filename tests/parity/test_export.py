@@ -40,6 +40,8 @@ MODEL_TYPES = {
     "experts-gated-tp2": "qwen2_moe",
     "w4a4-tp2": "llama",
     "w4a4-ladder-cla-pp2": "plugin_decoder",
+    "desync-tp2": "plugin_decoder",
+    "desync-gelu-tp2": "plugin_decoder",
     "ladder-spec-tp2": "plugin_decoder",
 }
 

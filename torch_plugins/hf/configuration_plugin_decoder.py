@@ -53,7 +53,7 @@ class PluginDecoderConfig(PretrainedConfig):
         ladder_residual: ``{"layers": SPEC}`` or None; see ``torch_plugins.config.LadderResidual``.
         desync_residual: ``{"pattern": "2x", "ranks": T}`` or None: the function of T
             tensor-parallel ranks; see ``torch_plugins.desync_config.DesyncResidual``. Norms of
-            modules in a region have weights ``[T, hidden_size]``.
+            modules in a region have weights ``[T * hidden_size]``.
         cross_layer_attention: ``{"sharing_factor": N}`` or ``{"pattern": "0,0,2,2"}``, with
             ``"kv_norm"``, or None; see ``torch_plugins.config.CrossLayerAttention``. Gemma 3n's
             ``num_kv_shared_layers`` is the nearest standing field, but its sharing layers are the

@@ -9,9 +9,11 @@ generation configuration stay valid. Without a feature the function is the same,
 - Cross-Layer Attention drops the key and value projections of its consumers. A producer keeps its
   own (``first``), or gets the mean over its group (``mean``), weights, biases and key norms alike.
   A separate ``kv_norm`` starts as a copy of the layer's ``input_layernorm``.
+- Desync Residual gives the norms of modules in its regions weights of each rank, all of them
+  copies of the layer's.
 - DS-MoE adds routers, and makes experts of the weights there are; see ``expert_init.py``.
 
-The first two change the function: the model is to be trained on. So does DS-MoE with experts that
+The first three change the function: the model is to be trained on. So does DS-MoE with experts that
 start ``fresh``; with ``blocks`` its function is the dense model's.
 """
 
@@ -26,10 +28,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import ConfigError, CrossLayerAttention, DenseMoE, Feature
+from ..config import ConfigError, CrossLayerAttention, DenseMoE, DesyncResidual, Feature
 from ..cross_layer_attention import sharing_groups
 from . import expert_init as experts
 from .configuration_plugin_decoder import PluginDecoderConfig
+from .desync import RankNorm
 from .families import decoder_config, is_adapted
 from .modeling_plugin_decoder import PluginDecoderForCausalLM, PluginDecoderLayer
 
@@ -93,7 +96,7 @@ def convert(
         return Conversion(base.config)
     config = decoder_config(model)
     _check_weights(model, _skeleton(config), storage)
-    stock, before = _sharing(config), config.experts
+    stock, before, apart = _sharing(config), config.experts, config.desync
     for key, section in sections.items():
         setattr(config, key, section)
     experts.check(config, before)
@@ -104,6 +107,12 @@ def convert(
             f"cannot be given {config.cross_layer_attention}: its consumers have no keys and "
             "values of their own; convert the model that it was made from"
         )
+    if apart is not None and _function(config)[1] != apart.function(config.num_hidden_layers):
+        raise ConfigError(
+            f"the model has {DesyncResidual.key()} {model.config.desync_residual} and cannot be "
+            f"given {config.desync_residual}: norms of its ranks would have to become one, or "
+            "other ones; convert the model that it was made from"
+        )
     if kv_init == "mean" and stock == unshared:
         _average_keys_and_values(model, config, storage)
     skeleton = _skeleton(config)
@@ -111,12 +120,14 @@ def convert(
     old = dict(model.named_parameters())
     _become(model, skeleton)
     likes = _initialise_kv_norms(model, storage)
+    if apart is None and config.desync is not None and config.desync.ranks is not None:
+        likes |= _divide_norms(model, config.desync.ranks, storage)
     likes |= experts.start(model, config, expert_init, storage)
     new = dict(model.named_parameters())
     return Conversion(
         config,
-        removed={name: old[name] for name in old if name not in new},
-        added={name: new[name] for name in new if name not in old},
+        removed={name: old[name] for name in old if new.get(name) is not old[name]},
+        added={name: new[name] for name in new if new[name] is not old.get(name)},
         likes=likes,
     )
 
@@ -131,7 +142,8 @@ def _has(config: PluginDecoderConfig, sections: dict[str, Any]) -> bool:
 
 def _function(config: PluginDecoderConfig) -> Any:
     layers, moe = config.num_hidden_layers, config.experts
-    return config.ladder_layers, _sharing(config), moe and moe.function(layers)
+    desync = config.desync and config.desync.function(layers)
+    return config.ladder_layers, desync, _sharing(config), moe and moe.function(layers)
 
 
 def _sharing(config: PluginDecoderConfig) -> tuple[tuple[int, ...], bool]:
@@ -203,6 +215,21 @@ def _average_keys_and_values(model: Any, config: PluginDecoderConfig, storage: S
                 shared = [layer.get_parameter(name) for layer in layers]
                 with storage.gather(shared):
                     produced.copy_(torch.stack([each.float() for each in shared]).mean(0))
+
+
+def _divide_norms(model: nn.Module, ranks: int, storage: Storage) -> Parameters:
+    """Give the norms of ranks their weights ``[T D]``, T copies of what there was ``[D]``; returns
+    what each of them was copied from."""
+    likes: Parameters = {}
+    for prefix, norm in model.named_modules():
+        if not isinstance(norm, RankNorm):
+            continue
+        for name, source in list(norm.named_parameters()):
+            with storage.gather([source]):
+                copies = source.detach().repeat(ranks)
+            setattr(norm, name, nn.Parameter(copies, source.requires_grad))
+            likes[f"{prefix}.{name}"] = source
+    return likes
 
 
 def _initialise_kv_norms(model: nn.Module, storage: Storage) -> Parameters:

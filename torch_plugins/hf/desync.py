@@ -2,7 +2,8 @@
 
 A matrix has the rows or columns of rank 0 first, then those of rank 1, and so on, as a
 tensor-parallel run divides it: each rank has whole heads of its own, with their keys and values.
-Under a pattern's regions every rank has its own residual stream, and its own norm weights.
+Within a pattern's regions every rank has its own residual stream, and its own norm weights, which
+lie one rank after another in one vector, as optimizers expect of a norm.
 
 Shapes: T ranks, B batch, S tokens, D hidden size, O outputs, I inputs.
 """
@@ -20,15 +21,14 @@ ROWS = ("o_proj", "down_proj")
 
 
 class PluginDecoderRankRMSNorm(PluginDecoderRMSNorm):
-    """RMSNorm with weights ``[T, D]`` of each rank: ``[T, B, S, D]``, or one stream for all of
+    """RMSNorm with weights ``[T D]`` of the ranks: ``[T, B, S, D]``, or one stream for all of
     them, ``[B, S, D]``, to ``[T, B, S, D]``."""
 
     def __init__(self, hidden_size: int, eps: float, ranks: int) -> None:
-        super().__init__(hidden_size, eps)
-        self.weight = nn.Parameter(torch.ones(ranks, hidden_size))
+        super().__init__(ranks * hidden_size, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight[:, None, None] * self.normalize(x)
+        return _of_ranks(self.weight, x) * self.normalize(x)
 
 
 class PluginDecoderRankLayerNorm(nn.Module):
@@ -37,15 +37,24 @@ class PluginDecoderRankLayerNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float, bias: bool, ranks: int) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(ranks, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(ranks, hidden_size)) if bias else None
+        self.weight = nn.Parameter(torch.ones(ranks * hidden_size))
+        self.bias = nn.Parameter(torch.zeros(ranks * hidden_size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.weight[:, None, None] * nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps)
-        return out if self.bias is None else out + self.bias[:, None, None]
+        out = nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps)
+        out = _of_ranks(self.weight, x) * out
+        return out if self.bias is None else out + _of_ranks(self.bias, x)
 
 
-def build_rank_norm(config: PluginDecoderConfig, ranks: int) -> nn.Module:
+def _of_ranks(vector: Tensor, x: Tensor) -> Tensor:
+    """``[T D]`` as ``[T, 1, 1, D]``, D the width of ``x``."""
+    return vector.view(-1, 1, 1, x.shape[-1])
+
+
+RankNorm = PluginDecoderRankRMSNorm | PluginDecoderRankLayerNorm
+
+
+def build_rank_norm(config: PluginDecoderConfig, ranks: int) -> RankNorm:
     """The configured norm over the hidden size, with weights of each rank."""
     if config.normalization == "rmsnorm":
         return PluginDecoderRankRMSNorm(config.hidden_size, config.norm_eps, ranks)
