@@ -205,7 +205,8 @@ _ProcessGroup: Any = dist.ProcessGroup
 
 
 class Launches(_ProcessGroup):
-    """Tensor-parallel group for one call of Megatron's column-parallel linear.
+    """Tensor-parallel group for one call of a column-parallel linear, Megatron's or
+    TransformerEngine's.
 
     In place of the group, it has the linear's own code leave its collectives in flight: dgrad,
     launch, wgrad, and no wait. Any other collective than the linear's is an error. No method raises
@@ -217,13 +218,20 @@ class Launches(_ProcessGroup):
             the linear waits for it.
         gathered: sequence parallel: the whole input of the forward.
         what: whose collectives they are.
+        owned: ``gathered`` has no other reader, so that the linear may have it without a copy.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, reduced: InFlight | None, gathered: Tensor | None, what: str
+        self,
+        group: dist.ProcessGroup,
+        reduced: InFlight | None,
+        gathered: Tensor | None,
+        what: str,
+        owned: bool = False,
     ) -> None:
         super().__init__(group.rank(), group.size())
         self.group, self.reduced, self.gathered, self.what = group, reduced, gathered, what
+        self.owned = owned
 
     def allreduce(self, tensors: Any, options: Any = None) -> Any:
         tensor = tensors[0] if isinstance(tensors, list) else tensors
@@ -237,7 +245,9 @@ class Launches(_ProcessGroup):
         gathered, self.gathered = self.gathered, None
         if gathered is None:
             return self._begin(InFlight(self.what), _all_gather, output, source)
-        if output.data_ptr() != gathered.data_ptr():
+        if self.owned:
+            output.set_(gathered.view(output.shape))  # type: ignore[call-overload]
+        elif output.data_ptr() != gathered.data_ptr():
             output.copy_(gathered)
         return _Launched()
 

@@ -23,22 +23,22 @@ module, if it begins before that module has ended. Once the column-parallel line
 under the rest of h_i; h_i began under that reduce-scatter. In the backward, where an all-gather
 leads to a module and a reduce-scatter leaves it, the same place in h_i serves for the mirrored
 chain.
+
+How a linear's own code leaves its collectives in flight: ``linears.py`` for Megatron's linears,
+``te_linears.py`` for TransformerEngine's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_plugins import reduction
-from megatron_plugins.reduction import Launches, launches_in_backward, renumber, wait_for_gradient
-
-Places = dict[int, int]
-"""By module of the model: autograd's number for what waits there."""
+from megatron_plugins.ladder_residual.linears import Places, gather, is_local, local_class
+from megatron_plugins.ladder_residual.te_linears import is_te, norm_of, te_class
+from megatron_plugins.reduction import launches_in_backward, renumber
 
 
 def numbers(layer: Any) -> dict[str, int]:
@@ -67,10 +67,10 @@ def prepare(layer: Any) -> dict[str, Any]:
             continue
         module = layer.self_attention if name == "attention" else layer.mlp
         moe = name == "mlp" and layer.is_moe_layer  # its dispatcher communicates
-        linears = [] if moe else list(_column_parallel(module))
+        found: list[Any] = [] if moe else list(module.modules())
+        linears = [x for x in found if is_local(x) or is_te(x, config)]
         for linear in linears:
-            own: Any = type(linear)
-            linear.__class__ = overlapping_class(own)
+            linear.__class__ = local_class(linear) if is_local(linear) else te_class(linear)
             linear.ladder_places, linear.ladder_module = layer.stage.places, number
             linear.ladder_what = f"layer {place.index}, {name}"
             linear.ladder_gathering = linear.ladder_then = None
@@ -82,66 +82,10 @@ def prepare(layer: Any) -> dict[str, Any]:
     return entrances
 
 
-def _column_parallel(module: torch.nn.Module) -> Iterator[Any]:
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-
-    for linear in module.modules():
-        if isinstance(linear, ColumnParallelLinear) and not linear.is_expert:
-            yield linear
-
-
 def _note_start(places: Places, number: int, *_: Any) -> None:
     """After everything in this module, in the backward: its linear's own wait takes this number,
     and leaves it free where it has another."""
     places[number] = torch.autograd._get_sequence_nr()
-
-
-@cache
-def overlapping_class(base: Any) -> type:
-    """A subclass of Megatron's ``ColumnParallelLinear``; :func:`prepare` sets its attributes."""
-
-    class Overlapping(base):
-        def _forward_impl(
-            self, input: Tensor, weight: Tensor, *args: Any, tp_group: Any, **kwargs: Any
-        ) -> Any:
-            if torch.is_anomaly_enabled():  # it reads every gradient at once
-                return super()._forward_impl(input, weight, *args, tp_group=tp_group, **kwargs)
-            whole = _gathered(self, input) if kwargs["sequence_parallel"] else None
-            reduced = None
-            if torch.is_grad_enabled() and input.requires_grad:
-                reduced = reduction.InFlight(f"{self.ladder_what}, gradient of its input")
-                number = self.ladder_places.get(self.ladder_module - 1)
-                input = wait_for_gradient(input, reduced, number)
-            if reduced is not None or whole is not None:
-                tp_group = Launches(tp_group, reduced, whole, f"{self.ladder_what}, backward")
-            output = super()._forward_impl(input, weight, *args, tp_group=tp_group, **kwargs)
-            if self.ladder_then is not None:
-                self.ladder_then()
-            return output
-
-    Overlapping.__name__ = Overlapping.__qualname__ = f"Overlapping{base.__name__}"
-    return Overlapping
-
-
-def _gather(linear: Any, part: Tensor) -> tuple[Tensor, Tensor, reduction.InFlight]:
-    """Begin the all-gather of a linear's input [S/T, B, H], in the buffer that the linear uses."""
-    from megatron.core.parallel_state import get_global_memory_buffer
-
-    shape = (part.shape[0] * linear.tp_group.size(), *part.shape[1:])
-    whole = get_global_memory_buffer().get_tensor(shape, part.dtype, "mpu")
-    what = f"{linear.ladder_what}, its input"
-    return part, whole, reduction.gather_async(part, whole, linear.tp_group, what)
-
-
-def _gathered(linear: Any, part: Tensor) -> Tensor:
-    """The whole input, for which the module before may have begun the all-gather."""
-    begun, linear.ladder_gathering = linear.ladder_gathering, None
-    if begun is not None and begun[0].data_ptr() != part.data_ptr():
-        begun[2].wait()
-        begun = None
-    _, whole, in_flight = begun or _gather(linear, part)
-    in_flight.wait()
-    return whole
 
 
 def _halfway(layer: Any, name: str) -> None:
@@ -150,7 +94,7 @@ def _halfway(layer: Any, name: str) -> None:
     found = _next(layer, name)
     if found is not None:
         norm, linear = found
-        linear.ladder_gathering = _gather(linear, norm.begin(layer.complete_early(name)))
+        linear.ladder_gathering = gather(linear, norm.begin(layer.complete_early(name)))
 
 
 def _next(layer: Any, name: str) -> tuple[Any, Any] | None:
@@ -169,7 +113,7 @@ def _next(layer: Any, name: str) -> tuple[Any, Any] | None:
     quantizes = getattr(linear, "input_quantizer", None) is not None
     if linear is None or quantizes or getattr(after, f"recompute_{norm}"):
         return None
-    found = getattr(after, norm)
+    found = norm_of(linear) or getattr(after, norm)
     if not hasattr(found, "begin"):
         own: Any = type(found)
         found.__class__ = beginning_class(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_plugins.seams.te import TRANSFORMER_ENGINE
 from torch_plugins.seams.symbol import Symbol
 
 USED: tuple[Symbol, ...] = (
@@ -241,14 +242,7 @@ USED: tuple[Symbol, ...] = (
         why="the stock layers behind --spec megatron_plugins.specs gpt_layer_spec",
         remove_when="never",
     ),
-    Symbol(
-        id="te-row-parallel",
-        targets=("megatron.core.extensions.transformer_engine:TERowParallelLinear",),
-        feature="ladder_residual",
-        why="it reduces only in parallel_mode 'row', which it reads at each forward; the ladder "
-        "clears it",
-        remove_when="TERowParallelLinear returns a handle of an asynchronous reduction",
-    ),
+    *TRANSFORMER_ENGINE,
     Symbol(
         id="batch-size",
         targets=("megatron.core:num_microbatches_calculator",),

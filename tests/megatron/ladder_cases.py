@@ -57,13 +57,13 @@ from torch_plugins.config import LadderResidual, PowerMup
 
 def build(ladder: str | None, multiplier: float = 1, **options: Any) -> GPTModel:
     """A GPT with the given ladder layers and residual multiplier, or the stock one; the same
-    weights in both."""
+    weights in both. ``features``: what else is on."""
+    more = options.pop("features", {})
     config = TransformerConfig(**{**GPT, **options})
     if ladder is not None:
-        config.megatron_plugins = {
-            "ladder_residual": LadderResidual(ladder),
-            "power_mup": PowerMup(residual_multiplier=multiplier),
-        }
+        mup = PowerMup(residual_multiplier=multiplier)
+        config.megatron_plugins = {"ladder_residual": LadderResidual(ladder), "power_mup": mup}
+        config.megatron_plugins.update(more)
     if config.num_moe_experts:
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization=config.normalization

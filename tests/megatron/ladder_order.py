@@ -1,4 +1,5 @@
-"""What the modules and collectives of a ladder do, in order; for ladder_cases.py."""
+"""What the modules and collectives of a ladder do, in order; for ladder_cases.py, and the order
+that hides them."""
 
 from __future__ import annotations
 
@@ -50,3 +51,32 @@ def notes(model: Any) -> tuple[list[str], type[reduction.InFlight]]:
             super().wait()
 
     return events, Noted
+
+
+def assert_gradients_are_hidden(events: list[str], first: int = 1) -> None:
+    """The reduction of module n's input is launched after dgrad, and all weights of n - 1 have
+    their gradients before it is waited for; ``first``: module whose input has the last one."""
+    for n in range(first, 8):
+        launched = events.index(f"launch gradient of its input {n}")
+        waited = events.index(f"wait gradient of its input {n}")
+        own = [events.index(f"{what} {n}") for what in ("row", "column")]
+        before = [events.index(f"{what} {n - 1}") for what in ("row", "column")]
+        assert own[0] < launched < own[1] < min(before) < max(before) < waited
+    assert len([event for event in events if event.startswith("wait")]) == 8 - first + 1
+
+
+def assert_modules_begin_under_the_one_before(forward: list[str], backward: list[str]) -> None:
+    """Sequence parallel: reduce-scatter n is launched before module n + 1 starts; all-gather n + 2
+    behind it, before module n + 1 has ended. The mirror of it in the backward."""
+    for n in range(6):
+        chain = [f"launch output {n}", f"start {n + 1}", f"wait output {n}"]
+        chain += [f"launch its input {n + 2}", f"launch output {n + 1}", f"start {n + 2}"]
+        chain += [f"wait its input {n + 2}"]
+        places = [forward.index(event) for event in chain if event != "launch output 7"]
+        assert places == sorted(places)
+    for n in range(2, 8):
+        chain = [f"launch gradient of its input {n}", f"row {n - 1}"]
+        chain += [f"wait gradient of its input {n}", f"launch backward {n - 2}", f"column {n - 1}"]
+        chain += [f"wait backward {n - 2}", f"row {n - 2}"]
+        places = [backward.index(event) for event in chain]
+        assert places == sorted(places)

@@ -1,47 +1,16 @@
-"""Build ladder and stock GPTs from TransformerEngine's layer spec, in two processes without a GPU.
-
-The Python half of TransformerEngine is the real one. Its compiled half, the module
-``transformer_engine_torch``, exists for GPU machines only and is a placeholder here, so layers can
-be built, and their state read, but not run. Rank 0 writes what it found as JSON.
+"""Layers of TransformerEngine's spec that plugins have rewritten, and stock ones, by two processes:
+built, and their state read. te_ladder.py runs some.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
-from enum import IntEnum
-from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import torch
-import torch.distributed as dist
 
-from megatron_plugins import cpu
+from tests.megatron import te_compiled  # noqa: F401
 
-warnings.filterwarnings("ignore")
-cpu.install()
-
-
-class DType(IntEnum):
-    kByte, kInt32, kFloat32, kFloat16, kBFloat16 = 0, 2, 4, 5, 6
-    kFloat8E4M3, kFloat8E5M2, kFloat4E2M1 = 7, 8, 10
-
-
-class FusedAttentionBackend(IntEnum):
-    NVTE_No_Backend, NVTE_F16_arbitrary_seqlen, NVTE_FP8 = -1, 1, 2
-
-
-compiled = MagicMock(name="transformer_engine_torch")
-compiled.__spec__ = None
-compiled.DType, compiled.NVTE_Fused_Attn_Backend = DType, FusedAttentionBackend
-sys.modules["transformer_engine_torch"] = compiled
-import transformer_engine.common
-
-transformer_engine.common.load_framework_extension = lambda framework: None
-import transformer_engine.pytorch
-from megatron.core import parallel_state, tensor_parallel
+# isort: split
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -198,16 +167,13 @@ def hybrid() -> dict[str, Any]:
     }
 
 
-def main(output: str) -> None:
-    dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(2)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+def found() -> dict[str, Any]:
     model, stock = build(True), build(False)
     linears = [
         (layer.self_attention.linear_proj, layer.mlp.linear_fc2) for layer in model.decoder.layers
     ]
     shards, stock_shards = model.sharded_state_dict(), stock.sharded_state_dict()
-    found = {
+    return {
         "classes": sorted({type(linear).__name__ for pair in linears for linear in pair}),
         "parallel modes": [[linear.parallel_mode for linear in pair] for pair in linears],
         "multipliers": [
@@ -226,10 +192,3 @@ def main(output: str) -> None:
         "quantized": quantized(),
         "hybrid": hybrid(),
     }
-    if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 
 from tests.megatron.harness import Run, known, run_cases, train
+from tests.megatron.ladder_order import (
+    assert_gradients_are_hidden,
+    assert_modules_begin_under_the_one_before,
+)
 from tests.megatron.ladder_table import AGAINST_RECURRENCE, WORLD
 
 CASES = Path(__file__).with_name("ladder_cases.py")
@@ -76,35 +80,12 @@ def test_every_reduction_overlaps_the_next_module(
 def test_every_gradients_reduction_overlaps_the_module_before(
     cases: dict[str, Any], name: str, first: int
 ) -> None:
-    """That of module n's input is launched after dgrad, and all weights of n - 1 have their
-    gradients before it is waited for."""
-    events = cases[name]["backward"]
-    for n in range(first, 8):
-        launched = events.index(f"launch gradient of its input {n}")
-        waited = events.index(f"wait gradient of its input {n}")
-        own = [events.index(f"{what} {n}") for what in ("row", "column")]
-        before = [events.index(f"{what} {n - 1}") for what in ("row", "column")]
-        assert own[0] < launched < own[1] < min(before) < max(before) < waited
-    assert len([event for event in events if event.startswith("wait")]) == 8 - first + 1
+    assert_gradients_are_hidden(cases[name]["backward"], first)
 
 
 def test_a_sequence_parallel_module_begins_under_the_one_before(cases: dict[str, Any]) -> None:
-    """Reduce-scatter n is launched before module n + 1 starts; all-gather n + 2 behind it, before
-    module n + 1 has ended. The mirror of it in the backward."""
-    events = cases["order-sequence-parallel"]["forward"]
-    for n in range(6):
-        chain = [f"launch output {n}", f"start {n + 1}", f"wait output {n}"]
-        chain += [f"launch its input {n + 2}", f"launch output {n + 1}", f"start {n + 2}"]
-        chain += [f"wait its input {n + 2}"]
-        places = [events.index(event) for event in chain if event != "launch output 7"]
-        assert places == sorted(places)
-    events = cases["order-sequence-parallel"]["backward"]
-    for n in range(2, 8):
-        chain = [f"launch gradient of its input {n}", f"row {n - 1}"]
-        chain += [f"wait gradient of its input {n}", f"launch backward {n - 2}", f"column {n - 1}"]
-        chain += [f"wait backward {n - 2}", f"row {n - 2}"]
-        places = [events.index(event) for event in chain]
-        assert places == sorted(places)
+    case = cases["order-sequence-parallel"]
+    assert_modules_begin_under_the_one_before(case["forward"], case["backward"])
 
 
 def test_a_norm_that_is_recomputed_does_not_begin_early(cases: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""Plugin layers of TransformerEngine's spec, built without a GPU; their forward is not run here.
+"""Plugin layers of TransformerEngine's spec, without a GPU: its Python half is the real one, and of
+its compiled half there is what te_compiled.py computes in torch.
 
 ``make test`` unpacks TransformerEngine's wheels into ``.matrix/transformer-engine``, outside the
 environment: installed there it would change which classes Megatron picks everywhere else.
@@ -13,22 +14,106 @@ from typing import Any
 
 import pytest
 
-from tests.megatron.harness import launch
+from tests.megatron.harness import LAYERS, launch
+from tests.megatron.ladder_order import (
+    assert_gradients_are_hidden,
+    assert_modules_begin_under_the_one_before,
+)
 
 ROOT = Path(__file__).parents[2]
 WHEELS = Path(os.environ.get("TRANSFORMER_ENGINE", ROOT / ".matrix" / "transformer-engine"))
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Results of te_ladder.py."""
     if not (WHEELS / "transformer_engine").is_dir():
         pytest.skip("no TransformerEngine wheels: `make transformer-engine` unpacks them")
-    output = tmp_path_factory.mktemp("te") / "found.json"
-    script = Path(__file__).with_name("te_layers.py")
-    environment = {"PYTHONPATH": f"{WHEELS}:{ROOT}", "MEGATRON_PLUGINS_CPU": "1"}
-    launch(script, output, processes=2, environment=environment)
-    loaded: dict[str, Any] = json.loads(output.read_text())
-    return loaded
+    output = tmp_path_factory.mktemp("te") / "cases.jsonl"
+    script = Path(__file__).with_name("te_ladder.py")
+    environment = {**LAYERS, "PYTHONPATH": f"{WHEELS}:{ROOT}", "MEGATRON_PLUGINS_CPU": "1"}
+    launch(script, output, processes=2, environment=environment, timeout=200)
+    return {line.pop("case"): line for line in map(json.loads, output.read_text().splitlines())}
+
+
+@pytest.fixture
+def found(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What te_layers.py built."""
+    return cases["layers"]
+
+
+LAYOUTS = pytest.mark.parametrize("layout", ["", "-sequence-parallel"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["all", "llama", "sequence-parallel", "llama-sequence-parallel", "bf16", "recompute"],
+)
+def test_a_ladder_is_the_recurrence(cases: dict[str, Any], name: str) -> None:
+    """Written out with the modules of a stock model, whose linears contain the norms."""
+    case = cases[name]
+    assert case["logits"] <= 1e-6
+    assert case["gradients"] <= 2e-6
+    assert case["from standard"] >= 5e-3
+    assert case["same keys"]
+    assert case["same sharded keys"]
+
+
+@LAYOUTS
+def test_a_ladder_is_that_of_megatrons_own_layers(cases: dict[str, Any], layout: str) -> None:
+    case = cases[f"local{layout}"]
+    assert case["logits"] <= 1e-6
+    assert case["gradients"] <= 2e-6
+
+
+def test_every_gradients_reduction_overlaps_the_module_before(cases: dict[str, Any]) -> None:
+    assert_gradients_are_hidden(cases["order"]["backward"])
+
+
+def test_a_sequence_parallel_module_begins_under_the_one_before(cases: dict[str, Any]) -> None:
+    case = cases["order-sequence-parallel"]
+    assert_modules_begin_under_the_one_before(case["forward"], case["backward"])
+
+
+@pytest.mark.parametrize("layout", ["", "-sequence-parallel", "-recompute-sequence-parallel"])
+def test_hiding_adds_no_collective(cases: dict[str, Any], layout: str) -> None:
+    case = cases[f"collectives{layout}"]
+    assert case["ladder"] == case["standard"]
+    assert sum(case["ladder"].values()) > 16
+
+
+@LAYOUTS
+def test_a_buffer_in_flight_is_never_read(cases: dict[str, Any], layout: str) -> None:
+    """The buffers hold NaN until the wait, and NaN is not <= 0."""
+    assert cases[f"late{layout}"]["logits"] <= 0
+    assert cases[f"late{layout}"]["gradients"] <= 0
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    "kind", ["", "-bf16", "-recompute", "-recompute-mlp", "-frozen", "-shared", "-quantized"]
+)
+def test_hiding_changes_nothing(cases: dict[str, Any], kind: str, layout: str) -> None:
+    """Layers 1 to 3 and the MLP before them, one norm each; the second producer of keys and values
+    has one more. Its three gradients of one input are added up in another order."""
+    case = cases[f"hiding{kind}{layout}"]
+    assert case["bitwise"] or (kind == "-shared" and case["difference"] <= 1e-5)
+    assert case["gradients"] > 20
+    assert case["apart"] == {"-shared": 8, "-quantized": 0}.get(kind, 7)
+    assert case["same parameters"]
+    assert case["same keys"]
+    assert case["same shards"]
+
+
+def test_a_norm_waits_for_its_weights(cases: dict[str, Any]) -> None:
+    """It runs ahead of the linear in whose call they are waited for else."""
+    assert cases["weights-arrive-late"]["logits"] <= 0
+
+
+def test_linears_in_eight_bits_stay_as_they_are(cases: dict[str, Any]) -> None:
+    case = cases["eight-bits"]
+    assert case["classes"] == ["megatron.core.extensions.transformer_engine"] * 2
+    assert case["entrances"] == 0
 
 
 def test_ladder_layers(found: dict[str, Any]) -> None:
