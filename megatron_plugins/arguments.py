@@ -252,7 +252,10 @@ def attach(original: Callable[..., Any], args: Namespace, *rest: Any, **kwargs: 
     config = original(args, *rest, **kwargs)
     features = features_of(args)
     if features:
+        from megatron_plugins import hybrid
+
         config.megatron_plugins = features
+        config.megatron_plugins_pattern = hybrid.with_borders(args)
         for key, feature in features.items():
             adapter(key).adjust_config(config, feature)
     return config

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_plugins.arguments import features_of, set_features
 from megatron_plugins.features import adapter
+from megatron_plugins.refusals import hybrid_model
 from torch_plugins.config import ConfigError
 
 
@@ -97,6 +98,13 @@ def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
         if mine is None and in_stock(theirs, saved_args, args):
             print_rank_0(f"{theirs.name}: checkpoint {folder} loaded into stock layers")
             continue
+        models = ["hybrid" if hybrid_model(a) else "GPT" for a in (saved_args, args)]
+        if theirs.changes_tensors and models[0] != models[1]:
+            raise ConfigError(
+                f"checkpoint {folder} is of a {models[0]} model and has {theirs.title}, this run "
+                f"builds a {models[1]} model: Megatron translates only layers that are all alike. "
+                f"Build a {models[0]} model, or load another checkpoint"
+            )
         layers = args.num_layers
         if mine is None or function(mine, args, layers) != function(theirs, saved_args, layers):
             wanted = as_flags(theirs, saved_args)
@@ -116,7 +124,7 @@ def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
 
 def conversion(feature: Any, args: Namespace, folder: str) -> str:
     """How a standard checkpoint becomes one with a feature."""
-    if not getattr(adapter(feature.key()), "CONVERTS", False):
+    if not getattr(adapter(feature.key()), "CONVERTS", False) or hybrid_model(args):
         return "Train from the start, or load a checkpoint that has them"
     flags = as_flags(feature, args)
     return f"Convert it: python -m megatron_plugins.convert --load {folder} --save NEW {flags}"

@@ -116,7 +116,8 @@ def share(
     if pattern(args) is not None:
         raise ConfigError(
             f"{checkpoint.folder} is a hybrid model's (--hybrid-layer-pattern "
-            f"{args.hybrid_layer_pattern}): {feature.flag()} is for GPT models"
+            f"{args.hybrid_layer_pattern}): only those of GPT models are converted; train it with "
+            f"{feature.flag()} from the start"
         )
     validate(args, feature)
     new = conversion.convert(checkpoint, feature, kv)

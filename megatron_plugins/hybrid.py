@@ -11,14 +11,14 @@ from __future__ import annotations
 import inspect
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from megatron_plugins import features
-from megatron_plugins.carry import Carry
+from megatron_plugins.carry import RUNNING, Carry, Channel
 from megatron_plugins.layers import ACTIVE
 from torch_plugins.config import ConfigError
 
@@ -37,8 +37,37 @@ SLOTS = {
 def pattern(args: Namespace) -> str | None:
     """Symbols of the layers of a hybrid model, ``"*-*-"``, without the borders of pipeline stages
     and without prediction layers; None for another model. ``args`` are validated."""
+    given = with_borders(args)
+    return None if given is None else given.replace("|", "")
+
+
+def with_borders(args: Namespace) -> str | None:
+    """The same with borders, ``"*-|*-"``."""
     given: str | None = getattr(args, "hybrid_layer_pattern", None)
-    return None if given is None else given.partition("/")[0].replace("|", "")
+    return None if given is None else given.partition("/")[0]
+
+
+def pattern_of(config: Any) -> str | None:
+    """The same of a configuration, on which a run notes it; one without arguments of a run has none
+    before its stack is built, and never where a stack is but one of several stages."""
+    noted: str | None = getattr(config, "megatron_plugins_pattern", None)
+    return noted
+
+
+def _note(config: Any, symbols: Sequence[str], first: int) -> None:
+    """Note the pattern of a stack that is the whole model; compare that of a stage with the noted.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    own, noted = "".join(symbols), pattern_of(config)
+    if len(own) == config.num_layers and (noted or "").replace("|", "") != own:
+        config.megatron_plugins_pattern = own
+    elif noted is not None and noted.replace("|", "")[first : first + len(own)] != own:
+        raise ConfigError(
+            f"the pattern of the configuration is {noted}, and layers {first} to "
+            f"{first + len(own) - 1} of this stack are {own}: they must agree"
+        )
 
 
 def build_stack(original: Callable[..., None], stack: Any, *args: Any, **kwargs: Any) -> None:
@@ -58,6 +87,7 @@ def build_stack(original: Callable[..., None], stack: Any, *args: Any, **kwargs:
     }
     if active:
         _check(active, config, first + len(symbols), given["post_process"], given["is_mtp_layer"])
+        _note(config, symbols, first)
         given["submodules"] = rewritten(given["submodules"], symbols, config, active, first)
     original(*call.args, **call.kwargs)
 
@@ -133,16 +163,6 @@ def by_number(specs: dict[int, Any]) -> Any:
     return ModuleSpec(module=ByNumber)
 
 
-@dataclass
-class Channel:
-    """How a carry goes on in a stack, which drops the ``context`` that a layer returns, except
-    between layers that full recompute runs."""
-
-    first: int
-    """The first layer that takes part."""
-    carry: Carry | None = None
-
-
 def _with_channel(spec: Any, channel: Channel) -> Any:
     params = {**(spec.params or {}), "channel": channel}
     return replace(spec, module=threading_layer_class(spec.module), params=params)
@@ -160,14 +180,17 @@ def threading_layer_class(base: type) -> type:
             self.channel = channel
 
         def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Carry | None]:
-            if "context" in kwargs:  # full recompute
-                threaded: tuple[Tensor, Carry | None] = super().forward(*args, **kwargs)
-                return threaded
+            passes_on = "context" in kwargs  # full recompute, in chunks or beside them
+            context = kwargs.pop("context", None)
+            place = (RUNNING.get() if passes_on else None) or self.channel
             if self.layer_number - 1 == self.channel.first:  # an interrupted forward may leave one
-                self.channel.carry = None
-            context, self.channel.carry = self.channel.carry, None
-            hidden_states, self.channel.carry = super().forward(*args, context=context, **kwargs)
-            return hidden_states, None
+                place.carry = self.channel.carry = None
+            if context is None:  # dropped since, if there was one
+                context = place.carry
+            place.carry = None
+            hidden_states, context = super().forward(*args, context=context, **kwargs)
+            place.carry = context and replace(context, channel=self.channel)
+            return hidden_states, place.carry if passes_on else None
 
     ThreadingLayer.__name__ = ThreadingLayer.__qualname__ = base.__name__
     return ThreadingLayer

@@ -3,6 +3,7 @@
 A producer projects keys and values as ever; the consumers behind it in its group have queries only,
 and attend to the producer's keys and values. Consumers have no parameters for them: their
 ``linear_qkv`` is as wide as the queries. Checkpoints are numbered by layer, since layers differ.
+On hybrid stacks: ``stacks.py``.
 """
 
 from __future__ import annotations
@@ -20,9 +21,20 @@ from megatron_plugins.cross_layer_attention.attention import (
 )
 from megatron_plugins.cross_layer_attention.groups import Role, check_stages, roles
 from megatron_plugins.cross_layer_attention.refused import REFUSED
+from megatron_plugins.cross_layer_attention.stacks import attentions
+from megatron_plugins.hybrid import pattern, pattern_of
 from torch_plugins.config import ConfigError, CrossLayerAttention
 
-__all__ = ["CONVERTS", "REFUSED", "adjust_config", "describe", "transform", "validate"]
+__all__ = [
+    "CONVERTS",
+    "REFUSED",
+    "adjust_config",
+    "describe",
+    "function",
+    "transform",
+    "transform_stack",
+    "validate",
+]
 
 CONVERTS = True
 """``python -m megatron_plugins.convert`` makes its checkpoints of standard ones."""
@@ -43,10 +55,37 @@ def transform(
     if any("role" in _attention(spec).params for spec in layer_specs):
         return layer_specs
     check_stages(config, feature)
-    own = roles(feature, config.num_layers)[first : first + len(layer_specs)]
+    return _with_roles(layer_specs, roles(feature, config.num_layers), first)
+
+
+def transform_stack(
+    layer_specs: Sequence[Any],
+    symbols: Sequence[str],
+    config: Any,
+    feature: CrossLayerAttention,
+    first: int,
+) -> Sequence[Any]:
+    """The same for a stage of a hybrid stack: of its attention layers.
+
+    Raises:
+        ConfigError: as :func:`transform`; or what lies before or behind the stage is not known.
+    """
+    pattern = pattern_of(config)
+    if pattern is None:
+        raise ConfigError(
+            f"{feature.flag()}: layers {first} to {first + len(symbols) - 1} are one stage of a "
+            "hybrid model, and the others decide about groups too: set "
+            "config.megatron_plugins_pattern to the pattern of the model, with its borders |"
+        )
+    check_stages(config, feature)
+    return _with_roles(layer_specs, roles(feature, config.num_layers, pattern), first)
+
+
+def _with_roles(layer_specs: Sequence[Any], own: Sequence[Role], first: int) -> Sequence[Any]:
+    sharing = {role.index: role for role in own if not role.plain}
     return [
-        spec if role.plain else _with_role(spec, role)
-        for spec, role in zip(layer_specs, own, strict=True)
+        _with_role(spec, sharing[index]) if index in sharing else spec
+        for index, spec in enumerate(layer_specs, first)
     ]
 
 
@@ -91,7 +130,7 @@ def validate(args: Namespace, feature: CrossLayerAttention) -> None:
             rotary embedding.
     """
     rotated = _layers_without_rope(args)
-    for role in roles(feature, args.num_layers):
+    for role in roles(feature, args.num_layers, pattern(args)):
         if rotated[role.index] != rotated[role.producer]:
             raise ConfigError(
                 f"{feature.flag()} with --no-rope-freq {args.no_rope_freq}: layers "
@@ -119,14 +158,24 @@ def adjust_config(config: Any, feature: CrossLayerAttention) -> None:
     config.hetereogenous_dist_checkpoint = True  # upstream's spelling
 
 
+def function(args: Namespace, feature: CrossLayerAttention) -> Any:
+    """The producer of every layer with attention, counted among these, and the norm."""
+    symbols = pattern(args)
+    if symbols is None:
+        return feature.function(args.num_layers)
+    return feature.function(len(attentions(symbols)))
+
+
 def describe(feature: CrossLayerAttention, run: Namespace, built: Any) -> str:
     """``"2 of 4 layers share keys and values (producers 0, 2)"``, once they are found to."""
     from megatron_plugins import activity, layers
 
-    own = roles(feature, run.num_layers)
+    symbols = pattern(run)
+    own = roles(feature, run.num_layers, symbols)
     active = activity.gather(layers.ACTIVE)
     activity.count(feature, [r.index for r in own if not r.plain], run.num_layers, active)
     producers = ", ".join(str(role.index) for role in own if not role.consumes)
     consumers = sum(role.consumes for role in own)
-    line = f"{consumers} of {run.num_layers} layers share keys and values (producers {producers})"
+    kind = "layers" if symbols is None else "attention layers"
+    line = f"{consumers} of {len(own)} {kind} share keys and values (producers {producers})"
     return line + (", kv norm of their own" if feature.kv_norm == "separate" else "")

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_plugins.cross_layer_attention import stacks
+from megatron_plugins.hybrid import pattern_of
 from torch_plugins.config import ConfigError, CrossLayerAttention
 
 
@@ -31,19 +33,37 @@ class Role:
         return self.producer == self.last and not self.own_norm
 
 
-def roles(feature: CrossLayerAttention, num_layers: int) -> list[Role]:
-    """The role of every layer of the model."""
-    producers = feature.resolve(num_layers)
+def roles(feature: CrossLayerAttention, num_layers: int, pattern: str | None = None) -> list[Role]:
+    """The role of every layer of a GPT model, or of every attention layer of a hybrid one with this
+    pattern.
+
+    Raises:
+        ConfigError: the feature's values do not fit the layers.
+    """
+    if pattern is None:
+        layers, places = feature.resolve(num_layers), list(range(num_layers))
+    else:
+        layers, places = stacks.producers(feature, pattern), stacks.attentions(pattern)
+    last = dict(zip(layers, places, strict=True))
     separate = feature.kv_norm == "separate"
     return [
         Role(
             index=index,
-            producer=producer,
-            last=num_layers - 1 - producers[::-1].index(producer),
-            own_norm=separate and producer == index,
+            producer=places[producer],
+            last=last[producer],
+            own_norm=separate and places[producer] == index,
         )
-        for index, producer in enumerate(producers)
+        for index, producer in zip(places, layers, strict=True)
     ]
+
+
+def undivided(own: Sequence[Role], num_layers: int) -> list[int]:
+    """For every layer the first of those that must be in its stage: a group's producer from there
+    to its last layer, elsewhere the layer itself."""
+    heads = list(range(num_layers))
+    for role in own:
+        heads[role.producer : role.last + 1] = [role.producer] * (role.last + 1 - role.producer)
+    return heads
 
 
 def first_layers(config: Any) -> list[int]:
@@ -75,40 +95,64 @@ def check_stages(config: Any, feature: CrossLayerAttention) -> None:
         ConfigError: a stage begins inside a group; the message has a layout that fits, or how many
             stages there can be.
     """
-    if config.pipeline_model_parallel_size == 1:
+    pattern = pattern_of(config)
+    if pattern is None and config.pipeline_model_parallel_size == 1:
         return
-    producers = feature.resolve(config.num_layers)
-    starts = first_layers(config)
-    split = [f"{i - 1} | {i}" for i in starts if i < len(producers) and producers[i] < i]
+    own = roles(feature, config.num_layers, pattern)
+    heads = undivided(own, config.num_layers)
+    starts = first_layers(config) if pattern is None else stacks.first_layers(config, pattern)
+    split = [f"{i - 1} | {i}" for i in starts if i < len(heads) and heads[i] < i]
     if not split:
         return
-    fitting = fitting_layout(producers, len(starts))
-    groups = len(set(producers))
+    producers = [str(role.index) for role in own if not role.consumes]
     raise ConfigError(
         f"{feature.flag()}: a pipeline stage begins inside a group of layers that share keys and "
         f"values, between layers {', '.join(split)}; producers are layers "
-        f"{', '.join(map(str, sorted(set(producers))))}. "
-        + (
-            f"Use --pipeline-model-parallel-layout '{fitting}' in place of the other layout flags"
-            if fitting
-            else f"There are {groups} groups for {len(starts)} stages: use at most {groups} stages "
-            "(pipeline parallel size times virtual stages), or a smaller sharing factor"
-        )
+        f"{', '.join(producers)}. {_remedy(heads, len(starts), pattern)}"
     )
 
 
-def fitting_layout(producers: Sequence[int], stages: int) -> str | None:
-    """Whole groups over ``stages`` stages, as even as they go: ``"Ett*2|tt|ttL"``; None if there
-    are fewer groups than stages."""
-    heads = sorted(set(producers))
-    if len(heads) < stages:
+def _remedy(heads: Sequence[int], stages: int, pattern: str | None) -> str:
+    bounds, most = fitting_bounds(heads, stages), len(set(heads))
+    if pattern is not None:
+        if bounds is not None:
+            fitting = stacks.with_borders(pattern, bounds)
+            return f"Use --hybrid-layer-pattern '{fitting}' without other layout flags"
+        return (
+            f"The stack can be divided into {most} stages at most, and {stages} are asked for: use "
+            "fewer (pipeline parallel size times virtual stages), or a smaller sharing factor"
+        )
+    if bounds is not None:
+        layout = _layout(bounds, len(heads))
+        return f"Use --pipeline-model-parallel-layout '{layout}' in place of the other layout flags"
+    return (
+        f"There are {most} groups for {stages} stages: use at most {most} stages "
+        "(pipeline parallel size times virtual stages), or a smaller sharing factor"
+    )
+
+
+def fitting_bounds(heads: Sequence[int], stages: int) -> list[int] | None:
+    """First layers of ``stages`` stages of whole groups, as even as they go; None if there are
+    fewer groups than stages."""
+    firsts = sorted(set(heads))
+    if len(firsts) < stages:
         return None
     bounds = [0]
     for stage in range(1, stages):
-        ideal = stage * len(producers) / stages
+        ideal = stage * len(heads) / stages
         # Leave a group for every stage still to come.
-        choices = [h for h in heads[: len(heads) - (stages - stage) + 1] if h > bounds[-1]]
+        choices = [h for h in firsts[: len(firsts) - (stages - stage) + 1] if h > bounds[-1]]
         bounds.append(min(choices, key=lambda head: abs(head - ideal)))
-    counts = [end - start for start, end in zip(bounds, [*bounds[1:], len(producers)], strict=True)]
+    return bounds
+
+
+def fitting_layout(heads: Sequence[int], stages: int) -> str | None:
+    """The same of a GPT model, as Megatron spells it: ``"Ett*2|tt|ttL"``."""
+    bounds = fitting_bounds(heads, stages)
+    return None if bounds is None else _layout(bounds, len(heads))
+
+
+def _layout(bounds: Sequence[int], num_layers: int) -> str:
+    counts = [end - start for start, end in zip(bounds, [*bounds[1:], num_layers], strict=True)]
     words = [f"t*{count}" if count > 1 else "t" for count in counts]
     return "E" + "|".join(words) + "L"

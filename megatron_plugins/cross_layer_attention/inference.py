@@ -12,6 +12,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from megatron_plugins.cross_layer_attention import stacks
+from megatron_plugins.cross_layer_attention.groups import roles
+from megatron_plugins.hybrid import pattern_of
 from torch_plugins.config import ConfigError, CrossLayerAttention
 
 
@@ -20,21 +23,27 @@ def shared_context_class(base: type) -> type:
     """A subclass of ``DynamicInferenceContext`` in which the layers of a group have one cache.
 
     Upstream sets ``num_attention_layers`` to the layers of the pipeline stage, and ``layer_map`` to
-    the identity, before it sizes anything by them.
+    the identity, before it sizes anything by them; in a hybrid model with Mamba layers to those
+    with attention, and to places among the caches of either kind.
     """
 
     context_class: Any = base
 
     class SharedContext(context_class):
         first_layer: int
-        producers: tuple[int, ...]
-        """Of every layer of the model."""
+        last_layer: int | None = None
+        """Of the pipeline stage, where upstream's number of layers does not tell."""
+        producers: tuple[int | None, ...]
+        """Of every layer of the model; None for one without keys and values."""
 
         def _caches(self) -> dict[int, int]:
-            """Cache of every layer, both counted from the stage's first."""
-            own = self.producers[self.first_layer :][: self._layers]
-            order = sorted(set(own))
-            return {layer: order.index(producer) for layer, producer in enumerate(own)}
+            """Cache of every layer that has one, both counted from the stage's first."""
+            last = self.last_layer
+            after = self.first_layer + self._layers if last is None else last + 1
+            own = enumerate(self.producers[self.first_layer : after])
+            having = {layer: producer for layer, producer in own if producer is not None}
+            order = sorted(set(having.values()))
+            return {layer: order.index(producer) for layer, producer in having.items()}
 
         @property
         def num_attention_layers(self) -> int:
@@ -46,11 +55,13 @@ def shared_context_class(base: type) -> type:
 
         @property
         def layer_map(self) -> dict[int, int]:
-            return self._caches()
+            return {**self._upstreams, **self._caches()}
 
         @layer_map.setter
-        def layer_map(self, identity: dict[int, int]) -> None:
-            assert all(layer == index for layer, index in identity.items())
+        def layer_map(self, places: dict[int, int]) -> None:
+            identity = all(layer == place for layer, place in places.items())
+            assert identity or self.last_layer is not None
+            self._upstreams = places
 
     SharedContext.__name__ = SharedContext.__qualname__ = f"Shared{base.__name__}"
     return SharedContext
@@ -71,8 +82,15 @@ def build_context(
             "queries and keys together, and a consumer has queries only; set it to False"
         )
     options.use_flashinfer_fused_rope = False  # None leaves the choice to upstream
-    context.producers = sharing(config).resolve(config.num_layers)
-    context.first_layer = _first_layer(config, options)
+    pattern = pattern_of(config)
+    own = {role.index: role.producer for role in roles(sharing(config), config.num_layers, pattern)}
+    context.producers = tuple(own.get(layer) for layer in range(config.num_layers))
+    if pattern is None:
+        context.first_layer = _first_layer(config, options)
+    else:
+        starts, rank = stacks.first_layers(config, pattern), _rank(config, options)
+        context.first_layer = starts[rank]
+        context.last_layer = [*starts, config.num_layers][rank + 1] - 1
     base: Any = type(context)
     context.__class__ = shared_context_class(base)
     original(context, config, *args, **kwargs)
@@ -88,10 +106,21 @@ def _first_layer(config: Any, options: Any) -> int:
         return 0
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    groups = options.pg_collection
-    rank = None if groups is None else groups.pp.rank()
-    first: int = get_transformer_layer_offset(config, None, rank)
+    first: int = get_transformer_layer_offset(config, None, _rank(config, options))
     return first
+
+
+def _rank(config: Any, options: Any) -> int:
+    """Pipeline stage of this process."""
+    from megatron.core import parallel_state
+
+    groups = options.pg_collection
+    if config.pipeline_model_parallel_size == 1:
+        return 0
+    if groups is None:
+        rank: int = parallel_state.get_pipeline_model_parallel_rank()
+        return rank
+    return int(groups.pp.rank())
 
 
 def build_engine(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:

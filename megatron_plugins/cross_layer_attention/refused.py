@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron_plugins.refusals import Refusal, cuda_graphs, hybrid_model, on
+from megatron_plugins.refusals import Refusal, cuda_graphs, on
 
 
 def _muon(args: Namespace) -> bool:
@@ -25,11 +25,6 @@ REFUSED: tuple[Refusal, ...] = (
     Refusal("--multi-latent-attention", on("multi_latent_attention"), _OTHER),
     Refusal("--experimental-attention-variant", on("experimental_attention_variant"), _OTHER),
     Refusal("--heterogeneous-layers-config-path", on("heterogeneous_layers_config_path"), _OTHER),
-    Refusal(
-        "--hybrid-layer-pattern",
-        hybrid_model,
-        "groups are of consecutive attentions, and a hybrid stack has other layers between",
-    ),
     Refusal("--attention-output-gate", on("attention_output_gate"), _WIDTH),
     Refusal("--qk-clip", on("qk_clip"), _WIDTH),
     Refusal("--optimizer muon", _muon, f"{_WIDTH}; --muon-no-split-qkv takes each for one matrix"),

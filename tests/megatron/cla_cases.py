@@ -37,7 +37,7 @@ from torch_plugins.config import CrossLayerAttention, LadderResidual
 
 
 def build(feature: CrossLayerAttention | None, ladder: str | None, **options: Any) -> GPTModel:
-    """A GPT that shares, or the stock one. Weights are random."""
+    """A GPT that shares, or the stock one."""
     positions = options.pop("position_embedding_type", "rope")
     config = TransformerConfig(**{**GPT, **options})
     if feature is not None:
@@ -57,6 +57,11 @@ def build(feature: CrossLayerAttention | None, ladder: str | None, **options: An
         position_embedding_type=positions,
         share_embeddings_and_output_weights=False,
     )
+    return randomized(model)
+
+
+def randomized(model: Any) -> Any:
+    """The model with random weights, in its dtype."""
     generator = torch.Generator().manual_seed(7)
     for parameter in model.parameters():
         sharded = getattr(parameter, "tensor_model_parallel", False)
@@ -66,7 +71,7 @@ def build(feature: CrossLayerAttention | None, ladder: str | None, **options: An
             shape[axis] *= WORLD
         value = torch.randn(shape, generator=generator) * (0.3 if parameter.dim() == 1 else 0.2)
         parameter.data.copy_(value.chunk(WORLD, axis)[dist.get_rank()] if sharded else value)
-    return model.to(config.params_dtype) if config.bf16 else model
+    return model.to(model.config.params_dtype) if model.config.bf16 else model
 
 
 def gathered(local: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -116,6 +117,20 @@ def train(
         )
         lines = record.read_text().splitlines() if record.exists() else []
     return Run(returncode, "\n".join(logs), [json.loads(line) for line in lines])
+
+
+def validated(
+    monkeypatch: pytest.MonkeyPatch, *flags: object, world_size: int = 1
+) -> tuple[Namespace, Any]:
+    """Megatron's validated arguments, and the transformer configuration made from them."""
+    from megatron.training import arguments
+
+    command = ["pretrain_gpt.py", *TINY, "--transformer-impl", "local", *map(str, flags)]
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    args = arguments.parse_args()
+    arguments.validate_args(args, {})
+    return args, arguments.core_transformer_config_from_args(args)
 
 
 def launch(

@@ -26,7 +26,7 @@ from tests.megatron.hybrid_table import AGAINST_GPT, AGAINST_RECURRENCE, PATTERN
 from tests.megatron.hybrid_upstream import STACK, HybridModel
 from tests.megatron.ladder_cases import backward, difference, gradients, inputs, pair
 from tests.megatron.ladder_table import FULL, GPT, RECOMPUTED_NORM, SEQUENCE, SP, VOCAB
-from torch_plugins.config import ConfigError, CrossLayerAttention, LadderResidual, PowerLR
+from torch_plugins.config import ConfigError, DenseMoE, LadderResidual, PowerLR
 
 gpt = ladder_cases.build
 
@@ -153,7 +153,7 @@ def refused() -> dict[str, Any]:
     """Errors of stacks that are built without Megatron's arguments."""
     ladder = LadderResidual()
     models: dict[str, tuple[Any, str, dict[str, Any]]] = {
-        "feature": (CrossLayerAttention(), PATTERN, {}),
+        "feature": (DenseMoE(num_experts=2), PATTERN, {}),
         "mamba": (LadderResidual("4-6"), "*-*M*-*-", {}),
         "absent": (ladder, "*-*G*-*-", {}),
         "nothing": (LadderResidual("0"), PATTERN, {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from megatron_plugins import checkpoints
 from megatron_plugins.cross_layer_attention import REFUSED, attention, groups, inference, transform
 from megatron_plugins.refusals import refuse
-from tests.megatron.harness import TINY
+from tests.megatron import harness
 from torch_plugins.config import ConfigError, CrossLayerAttention
 
 FLAG = "--cross-layer-attention"
@@ -26,7 +27,6 @@ TYPED = {
     "--qk-clip": ("--qk-clip",),
     "--optimizer muon": ("--optimizer", "muon"),
     "--test-mode": ("--test-mode", "--qk-layernorm"),
-    "--hybrid-layer-pattern": ("--hybrid-layer-pattern", "*-*-"),
     "--mtp-num-layers": ("--mtp-num-layers", "1"),
     "--cuda-graph-impl": ("--cuda-graph-impl", "local"),
     "--overlap-moe-expert-parallel-comm": ("--overlap-moe-expert-parallel-comm",),
@@ -82,18 +82,7 @@ Validated = Callable[..., tuple[Namespace, Any]]
 
 @pytest.fixture
 def validated(monkeypatch: pytest.MonkeyPatch) -> Validated:
-    """Megatron's validated arguments, and the transformer configuration made from them."""
-    from megatron.training import arguments
-
-    def validated(*flags: object, world_size: int = 1) -> tuple[Namespace, Any]:
-        command = ["pretrain_gpt.py", *TINY, "--transformer-impl", "local", *map(str, flags)]
-        monkeypatch.setattr("sys.argv", command)
-        monkeypatch.setenv("WORLD_SIZE", str(world_size))
-        args = arguments.parse_args()
-        arguments.validate_args(args, {})
-        return args, arguments.core_transformer_config_from_args(args)
-
-    return validated
+    return partial(harness.validated, monkeypatch)
 
 
 PP2 = ("--pipeline-model-parallel-size", 2)

@@ -82,7 +82,7 @@ def test_an_interrupted_forward_leaves_nothing(cases: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("feature", ["--cross-layer-attention: not for hybrid models"]),
+        ("feature", ["--dense-moe: not for hybrid models"]),
         ("mamba", ["layers 3 (M)", "--ladder-layers 1,2,5,6,7 can be"]),
         ("absent", ["layers G of the pattern have no local form"]),
         ("slot", ["no gdn_layer", "has a layer G"]),
@@ -157,7 +157,7 @@ def test_conversion_and_export_refuse_its_checkpoints(
     straight: tuple[Run, Path], tmp_path: Path
 ) -> None:
     _, folder = straight
-    with pytest.raises(ConfigError, match=r"hybrid model's .* --cross-layer-attention is for GPT"):
+    with pytest.raises(ConfigError, match=r"hybrid model's .* only those of GPT models"):
         convert.share(folder, tmp_path / "shared", CrossLayerAttention(2), "mean")
     with pytest.raises(ConfigError, match="--hybrid-layer-pattern"):
         convert.export(folder, tmp_path / "exported", None, None)
