@@ -67,6 +67,7 @@ def test_link_waits_when_the_caller_does_and_when_told(link: Any) -> None:
 def record(standard: float, ladder: float, control: float) -> dict[str, Any]:
     from variants import (
         CONTROL,
+        DESYNC,
         LADDER,
         LADDER_BOUND,
         PARALLEL,
@@ -75,7 +76,12 @@ def record(standard: float, ladder: float, control: float) -> dict[str, Any]:
         WAITING,
     )
 
-    times = {STANDARD.name: standard, WAITING.name: standard + 1, PARALLEL.name: 12}
+    times = {
+        STANDARD.name: standard,
+        WAITING.name: standard + 1,
+        PARALLEL.name: 12,
+        DESYNC.name: 11,
+    }
     times |= {LADDER.name: ladder, CONTROL.name: control}
     bounds = {STANDARD_BOUND.name: 8.0, LADDER_BOUND.name: 8.0}
 
@@ -101,7 +107,7 @@ def test_ideal_and_hidden_share() -> None:
     assert forward["ladder"] == 0.65
     assert forward["ideal"] == 9 / 16
     assert forward["no_communication"] == 0.5
-    assert forward["parallel"] == 0.75
+    assert (forward["parallel"], forward["desync"]) == (0.75, 11 / 16)
     assert forward["control"] == pytest.approx(16 / 17)
     assert forward["hidden"] == 0.5  # (18 - 13) / (18 - 8)
     assert (forward["goal"], forward["met"]) == (0.62, False)

@@ -11,7 +11,6 @@ from timeline import Watch
 from variants import (
     BOUNDS,
     OVER_A_LINK,
-    PARALLEL,
     STANDARD_BOUND,
     Shape,
     Variant,
@@ -33,7 +32,7 @@ class Training:
     def __init__(self, shape: Shape, ranks: int, sequence_parallel: bool) -> None:
         import torch
 
-        kinds = ("standard", "ladder") if sequence_parallel else ("standard", "parallel", "ladder")
+        kinds = ["standard", "desync", "ladder"] + ([] if sequence_parallel else ["parallel"])
         self.prefix = "sp " if sequence_parallel else ""
         self.models = {kind: build_block(shape, kind, ranks, sequence_parallel) for kind in kinds}
         parts = ranks if sequence_parallel else 1
@@ -60,7 +59,7 @@ class Inference:
         import torch
 
         self.shape = shape
-        kinds = ("standard", "parallel", "ladder")
+        kinds = ("standard", "parallel", "desync", "ladder")
         self.models = {kind: build_model(shape, kind, ranks) for kind in kinds}
         self.tokens = torch.randint(0, 512, (shape.batch_size, shape.sequence_length + TOKENS))
 
@@ -93,9 +92,7 @@ class Bench:
     def __init__(self, mode: str, shape: Shape, ranks: int) -> None:
         self.shape, self.link = shape, links.install()
         self.work = make(mode, shape, ranks)
-        self.variants = [
-            variant for variant in OVER_A_LINK if variant != PARALLEL or "parallel" in self.kinds
-        ]
+        self.variants = [variant for variant in OVER_A_LINK if variant.kind in self.kinds]
 
     def remove(self) -> None:
         links.remove(self.link)

@@ -1,4 +1,4 @@
-"""What the benchmark compares: Megatron's own models, standard, parallel and ladder."""
+"""What the benchmark compares: Megatron's own models, standard, parallel, ladder and desync."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Variant:
 
     name: str
     kind: str
-    """standard, parallel (attention and MLP of a layer read the same, and are reduced as one) or
-    ladder."""
+    """standard, parallel (attention and MLP of a layer read the same, and are reduced as one),
+    ladder, or desync (one all-reduce for every two layers)."""
     connected: bool = True
     """False: without communication, the bound."""
     synchronous: bool = False
@@ -23,12 +23,13 @@ class Variant:
 STANDARD = Variant("standard", "standard")
 WAITING = Variant("standard, waiting at once", "standard", synchronous=True)
 PARALLEL = Variant("parallel attention and MLP", "parallel")
+DESYNC = Variant("desync 4x", "desync")
 LADDER = Variant("ladder", "ladder")
 CONTROL = Variant("ladder, waiting at once", "ladder", synchronous=True)
 STANDARD_BOUND = Variant("standard, no communication", "standard", connected=False)
 LADDER_BOUND = Variant("ladder, no communication", "ladder", connected=False)
 BOUNDS = (STANDARD_BOUND, LADDER_BOUND)
-OVER_A_LINK = (STANDARD, WAITING, PARALLEL, LADDER, CONTROL)
+OVER_A_LINK = (STANDARD, WAITING, PARALLEL, DESYNC, LADDER, CONTROL)
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def configuration(shape: Shape, kind: str, ranks: int, sequence_parallel: bool) 
     from megatron.core.transformer.transformer_config import TransformerConfig
     from torch.nn.functional import silu
 
-    from megatron_plugins.ladder_residual import adjust_config
-    from torch_plugins.config import LadderResidual
+    from megatron_plugins.features import adapter
+    from torch_plugins.config import DesyncResidual, LadderResidual
 
     config = TransformerConfig(
         num_layers=shape.layers,
@@ -78,9 +79,11 @@ def configuration(shape: Shape, kind: str, ranks: int, sequence_parallel: bool) 
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
     )
-    if kind == "ladder":
-        config.megatron_plugins = {LadderResidual.key(): LadderResidual()}
-        adjust_config(config, LadderResidual())
+    features = {"ladder": LadderResidual(), "desync": DesyncResidual("4x", ranks)}
+    if kind in features:
+        feature = features[kind]
+        config.megatron_plugins = {feature.key(): feature}
+        adapter(feature.key()).adjust_config(config, feature)
     return config
 
 
@@ -151,6 +154,8 @@ def build_model(shape: Shape, kind: str, ranks: int, vocabulary: int = 512) -> A
 
 
 def checked(block: Any, kind: str) -> Any:
-    if all(hasattr(layer, "ladder") for layer in block.layers) != (kind == "ladder"):
+    names = {type(layer).__name__ for layer in block.layers}
+    wanted = {"ladder": {"LadderTransformerLayer"}, "desync": {"DesyncTransformerLayer"}}
+    if kind in wanted and names != wanted[kind]:
         raise RuntimeError("the plugin is off: unset MEGATRON_PLUGINS_DISABLE")
     return block
