@@ -7,9 +7,10 @@ multiplies is never seen. Stock MoE layers and ModelOpt's keep the two apart, as
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -27,7 +28,7 @@ def attention(submodules: Any) -> Any:
     return replace(
         submodules,
         self_attention=replace(spec, submodules=inner),
-        input_layernorm=_provider().layer_norm(),
+        input_layernorm=NormOfLinear,
         sharded_state_dict_keys_map={**submodules.sharded_state_dict_keys_map, **QKV_KEYS},
     )
 
@@ -44,9 +45,30 @@ def mlp(submodules: Any, keys: dict[str, str]) -> Any:
     return replace(
         submodules,
         mlp=with_submodules(submodules.mlp, inner),
-        pre_mlp_layernorm=_provider().layer_norm(),
+        pre_mlp_layernorm=NormOfLinear if keys else _provider().layer_norm(),
         sharded_state_dict_keys_map={**submodules.sharded_state_dict_keys_map, **keys},
     )
+
+
+class NormOfLinear:
+    """Builds a norm that is stored as part of a linear: without an extra state of its own, which a
+    checkpoint of stock layers does not have."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        norm: Any = _provider().layer_norm()(*args, **kwargs)
+        own: Any = type(norm)
+        norm.__class__ = _weights_only_class(own)
+        return norm
+
+
+@cache
+def _weights_only_class(base: Any) -> type:
+    class WeightsOnly(base):
+        get_extra_state = torch.nn.Module.get_extra_state
+        set_extra_state = torch.nn.Module.set_extra_state
+
+    WeightsOnly.__name__ = WeightsOnly.__qualname__ = base.__name__
+    return WeightsOnly
 
 
 def mlp_submodules(spec: Any) -> Any:

@@ -98,7 +98,7 @@ def quantized() -> dict[str, Any]:
 
     def keys(model: GPTModel) -> list[str]:
         shards = model.sharded_state_dict().values()
-        return sorted(shard.key for shard in shards if hasattr(shard, "local_shape"))
+        return sorted(shard.key for shard in shards)
 
     return {
         "classes": {name: type(linear).__mro__[1].__name__ for name, linear in linears.items()},
