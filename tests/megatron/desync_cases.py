@@ -42,8 +42,8 @@ NAMES = {
 
 
 def build(pattern: str | None, multiplier: float = 1, **options: Any) -> GPTModel:
-    """A GPT in fp64 with a pattern of Desync Residual, or a standard one."""
-    size = dist.get_world_size()
+    """A GPT in fp64, or another ``dtype``, with a pattern of Desync Residual, or a standard one."""
+    size, dtype = dist.get_world_size(), options.pop("dtype", torch.float64)
     options = {**OPTIONS, "num_query_groups": size, "tensor_model_parallel_size": size, **options}
     config = TransformerConfig(**options)
     if pattern is not None:
@@ -61,7 +61,7 @@ def build(pattern: str | None, multiplier: float = 1, **options: Any) -> GPTMode
         max_sequence_length=32,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
-    ).double()
+    ).to(dtype)
     draw = torch.Generator().manual_seed(7)
     for name, parameter in sorted(model.named_parameters()):
         shape = (size, *parameter.shape) if own(parameter) else parameter.shape

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
+from tests.megatron import desync_cases, te_layers
 from tests.megatron import ladder_cases as cases
-from tests.megatron import te_layers
 from tests.megatron.ladder_exact import interrupt, nothing_hidden
 from tests.megatron.ladder_table import BF16, FULL, LLAMA, SP
 from torch_plugins.config import W4A4, CrossLayerAttention
@@ -44,6 +45,13 @@ SHARED = {"cross_layer_attention": CrossLayerAttention(2, kv_norm="separate")}
 QUANTIZED = {"w4a4": W4A4(clip_init=2, kurtosis_weight=0)}
 MLP = dict(recompute_granularity="selective", recompute_modules=["mlp"])
 FROZEN = ("embedding.", "decoder.layers.0.", "decoder.layers.2.self_attention.linear_qkv.weight")
+
+
+FUSED = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""Names of norms in Megatron's own layers and in TransformerEngine's."""
 
 
 def te_spec(**_: Any) -> Any:
@@ -102,11 +110,9 @@ def against_local(**options: Any) -> dict[str, Any]:
     with layers_of(get_gpt_layer_local_spec):
         local = cases.build("all", **options)
     model = cases.build("all", **options)
-    norms = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    norms["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
 
     def renamed(tensors: dict[str, Any]) -> dict[str, Any]:
-        for old, new in norms.items():
+        for old, new in FUSED.items():
             tensors = {name.replace(old, new): value for name, value in tensors.items()}
         return tensors
 
@@ -117,6 +123,35 @@ def against_local(**options: Any) -> dict[str, Any]:
     (A, a), (B, b) = cases.run(model), cases.run(local)
     logits = (A - B).abs().max().item() / B.abs().max().item()
     return {"logits": logits, "gradients": cases.difference(a, renamed(b))}
+
+
+def desync(**options: Any) -> dict[str, Any]:
+    """Desync Residual, whose norms are taken out of the linears: as of Megatron's own layers."""
+    options = {**options, "dtype": torch.float32}
+    model = desync_cases.build("11,00,10,01", **options)
+    with patch.object(desync_cases, "get_gpt_layer_local_spec", get_gpt_layer_local_spec):
+        local = desync_cases.build("11,00,10,01", **options)
+    whole = {f"decoder.layers.0.{old}": f"decoder.layers.0.{new}" for old, new in FUSED.items()}
+
+    def renamed(tensors: dict[str, Any]) -> dict[str, Any]:
+        for old, new in whole.items():  # the first layer is a standard one
+            tensors = {name.replace(old, new): value for name, value in tensors.items()}
+        return tensors
+
+    weights = {name: value for name, value in local.state_dict().items() if value is not None}
+    missing, unexpected = model.load_state_dict(renamed(weights), strict=False)
+    assert not unexpected
+    assert all(name.endswith("_extra_state") for name in missing)
+    (A, a), (B, b) = desync_cases.step(model), desync_cases.step(local)
+    found, wanted = (
+        {key: place for key, place in shards(one).items() if "_extra_state" not in key}
+        for one in (model, local)
+    )
+    return {
+        "logits": desync_cases.relative(A, B),
+        "gradients": cases.difference(a, renamed(b)),
+        "same shards": found == wanted,
+    }
 
 
 def weights_arrive_late() -> dict[str, Any]:
@@ -167,6 +202,8 @@ def main(output: str) -> None:
         "late-sequence-parallel": lambda: cases.never_read_early(**SP),
         "eight-bits": eight_bits,
         "layers": te_layers.found,
+        "desync": desync,
+        "desync-sequence-parallel": lambda: desync(**SP),
         "weights-arrive-late": weights_arrive_late,
     }
     for name, layout in {"": {}, "-sequence-parallel": SP}.items():
@@ -179,7 +216,7 @@ def main(output: str) -> None:
             f"hiding-shared{name}": functools.partial(hiding, features=SHARED, **layout),
             f"hiding-quantized{name}": functools.partial(hiding, features=QUANTIZED, **layout),
         }
-    with layers_of(te_spec):
+    with layers_of(te_spec), patch.object(desync_cases, "get_gpt_layer_local_spec", te_spec):
         cases.write(output, todo)
 
 

@@ -66,6 +66,14 @@ def test_a_ladder_is_that_of_megatrons_own_layers(cases: dict[str, Any], layout:
     assert case["gradients"] <= 2e-6
 
 
+@LAYOUTS
+def test_desync_is_that_of_megatrons_own_layers(cases: dict[str, Any], layout: str) -> None:
+    case = cases[f"desync{layout}"]
+    assert case["logits"] <= 1e-6
+    assert case["gradients"] <= 2e-6
+    assert case["same shards"]
+
+
 def test_every_gradients_reduction_overlaps_the_module_before(cases: dict[str, Any]) -> None:
     assert_gradients_are_hidden(cases["order"]["backward"])
 
