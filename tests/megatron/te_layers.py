@@ -122,7 +122,7 @@ def stock_keys() -> list[str]:
 
 
 def hybrid() -> dict[str, Any]:
-    """A hybrid stack of upstream's own spec with a ladder, and a stock one."""
+    """Hybrid stacks of upstream's own spec: with a ladder, with shared keys, and stock."""
 
     def built(features: dict[str, Any] | None, spec: Any = upstream_spec) -> Any:
         config = TransformerConfig(
@@ -148,6 +148,8 @@ def hybrid() -> dict[str, Any]:
 
     ladder = built({"ladder_residual": LadderResidual("1-3")})
     stock, local = built(None), built(None, local_stack_spec)
+    sharing = {"cross_layer_attention": CrossLayerAttention(2, kv_norm="separate")}
+    shared, local_shared = built(sharing), built(sharing, local_stack_spec)
 
     def shards(model: Any) -> dict[str, list[int]]:
         """Of attention and MLP layers: experts may be grouped."""
@@ -164,6 +166,8 @@ def hybrid() -> dict[str, Any]:
         "same shards": sorted(ladder.sharded_state_dict()) == sorted(stock.sharded_state_dict()),
         "shards": shards(stock),
         "shards, local layers": shards(local),
+        "sharing": shards(shared),
+        "sharing, local layers": shards(local_shared),
     }
 
 

@@ -223,26 +223,40 @@ def test_operations_of_the_training_log(validated: Validated, gqa: Any) -> None:
     assert operations[0] - operations[1] == pytest.approx(6 * tokens * absent)
 
 
-def test_dynamic_caches_of_a_pipeline_stage() -> None:
-    """Layers 3 to 8 of ``*-M*M*-*M``, as upstream counts them with and without Mamba layers."""
+@pytest.mark.parametrize(
+    ("rank", "places", "caches"),
+    [
+        (0, {0: 0, 2: 0}, {0: 0}),
+        (1, {0: 0, 2: 1, 1: 0}, {0: 0, 2: 0}),
+        (1, {0: 0, 1: 1, 2: 2}, {0: 0, 2: 0}),
+        (2, {1: 0, 4: 1, 3: 0}, {1: 0, 4: 1}),
+    ],
+    ids=["first", "middle", "without Mamba", "last"],
+)
+def test_dynamic_caches_of_a_pipeline_stage(
+    rank: int, places: dict[int, int], caches: dict[int, int]
+) -> None:
+    """``places``: upstream's, of attention and Mamba layers, or of any; both by number in stage."""
 
     class Context:
         num_attention_layers: int
         layer_map: dict[int, int]
 
-        def allocate(self, layers: int, places: dict[int, int]) -> None:
-            self.num_attention_layers, self.layer_map = layers, places
+    def allocate(context: Context, config: Any, options: Any) -> None:
+        context.num_attention_layers, context.layer_map = len(places), places
 
-    own = groups.roles(CrossLayerAttention(2), 0, "*-M*M*-*M")
-    of = {role.index: role.producer for role in own}
-    for layers, places in ((3, {0: 0, 2: 1, 4: 2, 1: 0, 5: 1}), (6, {i: i for i in range(6)})):
-        context = inference.shared_context_class(Context)()
-        context.producers = tuple(of.get(i) for i in range(9))
-        context.first_layer, context.last_layer = 3, 8
-        context.allocate(layers, places)
-        assert {i: context.layer_map[i] for i in (0, 2, 4)} == {0: 0, 2: 1, 4: 1}
-        assert {i: context.layer_map[i] for i in (1, 5)} == {i: places[i] for i in (1, 5)}
-        assert context.num_attention_layers == 2
+    config = SimpleNamespace(
+        num_layers=11,
+        pipeline_model_parallel_size=3,
+        megatron_plugins_pattern="*-M|*M*|-*-M*",
+        megatron_plugins={"cross_layer_attention": CrossLayerAttention(pattern="0,1,1,3,4")},
+    )
+    stage = SimpleNamespace(pp=SimpleNamespace(rank=lambda: rank))
+    options = SimpleNamespace(use_flashinfer_fused_rope=None, pg_collection=stage)
+    context = Context()
+    inference.build_context(allocate, context, config, options)
+    assert context.layer_map == {**places, **caches}
+    assert context.num_attention_layers == len(set(caches.values()))
 
 
 def namespace(pattern: str | None, **values: object) -> Namespace:

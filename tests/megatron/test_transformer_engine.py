@@ -148,6 +148,15 @@ def test_ladder_layers_of_a_hybrid_stack(found: dict[str, Any]) -> None:
     assert "decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in hybrid["shards"]
 
 
+def test_layers_of_a_hybrid_stack_that_share(found: dict[str, Any]) -> None:
+    shards = found["hybrid"]["sharing"]
+    assert shards == found["hybrid"]["sharing, local layers"]
+    keys = [key for key in shards if "linear_kv" in key]
+    assert sorted({key.split(".")[2] for key in keys}) == ["0"]
+    assert len(keys) == 3
+    assert shards["decoder.layers.2.self_attention.linear_qkv.weight"] == [16, 32]
+
+
 def test_layers_that_share_keys_and_values(found: dict[str, Any]) -> None:
     """Norms are within the linears here, and beside them in the local layers: one checkpoint fits
     both. 4 heads of 8 on two ranks; the consumer has queries only."""
