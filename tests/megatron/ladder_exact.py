@@ -99,7 +99,8 @@ def nothing_hidden() -> Iterator[None]:
 
 
 def interrupt(model: Any) -> None:
-    """A forward that ends in the middle of a module, with the next one begun."""
+    """Forwards that end in the middle of a module, with the next one begun; in evaluation, where
+    full recompute does not keep the next layer's from beginning."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -109,8 +110,9 @@ def interrupt(model: Any) -> None:
         (found,) = (value for key, value in module.items() if key.endswith(name))
         handle = found.register_forward_pre_hook(stop)
         with contextlib.suppress(KeyboardInterrupt):
-            model(*tokens(99))
+            model.eval()(*tokens(99))
         handle.remove()
+    model.train()
 
 
 def count(case: str) -> int:

@@ -67,9 +67,9 @@ CASES = {
     "--cla-sharing-factor 2 --cla-kv-norm separate --ladder-residual --w4a4-symmetric "
     "--w4a4-weight-bits 4 --w4a4-modules !*linear_fc1,!*.3.* --position-embedding-type rope "
     "--no-gradient-accumulation-fusion",
-    "desync-tp2": LLAMA + TP2 + GQA + "--desync-pattern 11,00,01,00 --qk-layernorm",
+    "desync-tp2": LLAMA + TP2 + GQA + "--desync-pattern 11,00,01,00",
     "desync-gelu-tp2": TP2 + "--disable-bias-linear --desync-pattern 3x "
-    "--position-embedding-type rope --add-qkv-bias",
+    "--position-embedding-type rope --add-qkv-bias --qk-layernorm",
     "ladder-spec-tp2": LLAMA + TP2 + "--spec megatron_plugins.specs ladder_gpt_layer_spec",
 }
 """Name -> flags, on top of ``tests.megatron.harness.TINY``: 4 layers, width 64, 255 tokens."""

@@ -132,6 +132,7 @@ def _expressible(config: PluginDecoderConfig) -> bool:
     """What all stock models here ask for."""
     return (
         not config.ladder_layers
+        and config.desync is None
         and "reuse" not in config.kv_sharing_modes
         and not config.separate_kv_norm
         and config.normalization == "rmsnorm"
