@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from megatron_plugins.refusals import Refusal, cuda_graphs, hybrid_model, on
-from torch_plugins.config import CrossLayerAttention, DenseMoE, LadderResidual
+from torch_plugins.config import W4A4, CrossLayerAttention, DenseMoE, LadderResidual
 
 _REPLICATED = "it has weights that all ranks share, whose inputs would differ between them"
 _INSIDE = "it communicates inside the linear, where there must be nothing to communicate"
@@ -77,8 +77,8 @@ REFUSED: tuple[Refusal, ...] = (
     Refusal(CrossLayerAttention.flag(), on(CrossLayerAttention.key()), _UNTESTED),
     Refusal(DenseMoE.flag(), on(DenseMoE.key()), f"the routers: {_REPLICATED}"),
     Refusal(
-        "--w4a4",
-        on("w4a4"),
+        W4A4.flag(),
+        on(W4A4.key()),
         "clips are learned by all ranks together, of inputs that would differ between them",
     ),
 )

@@ -105,53 +105,44 @@ def shards(model: Any) -> dict[str, Any]:
     return {shard.key: getattr(shard, "global_offset", None) for shard in state}
 
 
+def fused(tensors: dict[str, Any], first: str = "") -> dict[str, Any]:
+    """Tensors of Megatron's own layers, those whose name begins so, under TransformerEngine's."""
+    for old, new in FUSED.items():
+        tensors = {name.replace(first + old, first + new): x for name, x in tensors.items()}
+    return tensors
+
+
+def compare(model: Any, local: Any, step: Callable[[Any], Any], first: str = "") -> dict[str, Any]:
+    """A model with the weights of one of Megatron's own layers: logits and gradients of a step."""
+    weights = {name: value for name, value in local.state_dict().items() if value is not None}
+    missing, unexpected = model.load_state_dict(fused(weights, first), strict=False)
+    assert not unexpected
+    assert all(name.endswith("_extra_state") for name in missing)
+    (A, a), (B, b) = step(model), step(local)
+    logits = (A - B).abs().max().item() / B.abs().max().item()
+    return {"logits": logits, "gradients": cases.difference(a, fused(b, first))}
+
+
 def against_local(**options: Any) -> dict[str, Any]:
     """The ladder of Megatron's own layers with the same weights."""
     with layers_of(get_gpt_layer_local_spec):
         local = cases.build("all", **options)
-    model = cases.build("all", **options)
-
-    def renamed(tensors: dict[str, Any]) -> dict[str, Any]:
-        for old, new in FUSED.items():
-            tensors = {name.replace(old, new): value for name, value in tensors.items()}
-        return tensors
-
-    weights = {name: value for name, value in local.state_dict().items() if value is not None}
-    missing, unexpected = model.load_state_dict(renamed(weights), strict=False)
-    assert not unexpected
-    assert all(name.endswith("_extra_state") for name in missing)
-    (A, a), (B, b) = cases.run(model), cases.run(local)
-    logits = (A - B).abs().max().item() / B.abs().max().item()
-    return {"logits": logits, "gradients": cases.difference(a, renamed(b))}
+    return compare(cases.build("all", **options), local, cases.run)
 
 
 def desync(**options: Any) -> dict[str, Any]:
-    """Desync Residual, whose norms are taken out of the linears: as of Megatron's own layers."""
+    """Desync Residual, whose norms are taken out of the linears but in the first layer, a standard
+    one: as of Megatron's own layers."""
     options = {**options, "dtype": torch.float32}
-    model = desync_cases.build("11,00,10,01", **options)
     with patch.object(desync_cases, "get_gpt_layer_local_spec", get_gpt_layer_local_spec):
         local = desync_cases.build("11,00,10,01", **options)
-    whole = {f"decoder.layers.0.{old}": f"decoder.layers.0.{new}" for old, new in FUSED.items()}
-
-    def renamed(tensors: dict[str, Any]) -> dict[str, Any]:
-        for old, new in whole.items():  # the first layer is a standard one
-            tensors = {name.replace(old, new): value for name, value in tensors.items()}
-        return tensors
-
-    weights = {name: value for name, value in local.state_dict().items() if value is not None}
-    missing, unexpected = model.load_state_dict(renamed(weights), strict=False)
-    assert not unexpected
-    assert all(name.endswith("_extra_state") for name in missing)
-    (A, a), (B, b) = desync_cases.step(model), desync_cases.step(local)
+    model = desync_cases.build("11,00,10,01", **options)
     found, wanted = (
         {key: place for key, place in shards(one).items() if "_extra_state" not in key}
         for one in (model, local)
     )
-    return {
-        "logits": desync_cases.relative(A, B),
-        "gradients": cases.difference(a, renamed(b)),
-        "same shards": found == wanted,
-    }
+    result = compare(model, local, desync_cases.step, first="layers.0.")
+    return {**result, "same shards": found == wanted}
 
 
 def weights_arrive_late() -> dict[str, Any]:

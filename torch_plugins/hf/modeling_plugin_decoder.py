@@ -240,7 +240,7 @@ class PluginDecoderModel(PluginDecoderPreTrainedModel):
         staged = any(isinstance(layer, nn.Identity) for layer in self.layers)
         if staged and self.config.base_model_pp_plan is None:
             raise ConfigError(
-                "pipeline parallelism cannot run this model (ladder_residual, "
+                "pipeline parallelism cannot run this model (ladder_residual, desync_residual, "
                 "cross_layer_attention, embedding_multiplier or learned_absolute positions); "
                 "use tensor parallelism, or device_map"
             )
