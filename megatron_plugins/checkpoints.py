@@ -47,6 +47,7 @@ def compare(
     Tensors that a feature can do without are set aside where the checkpoint lacks them.
     """
     aside: list[tuple[Any, Any]] = []
+    translated = kwargs.get("gpt_compat_layer_maps") is not None  # 0.19 and newer
     if not rank0 and kwargs.get("sharded_state_dict"):
 
         def saved_arguments() -> Namespace:
@@ -55,6 +56,8 @@ def compare(
 
         state = kwargs["sharded_state_dict"]
         for module in map(adapter, features_of(args)):
+            if hasattr(module, "translate"):
+                module.translate(state)
             if hasattr(module, "set_aside"):
                 kept = module.set_aside(saved_arguments, state, str(load_dir))
                 aside.append((module, kept))
@@ -63,18 +66,19 @@ def compare(
     except (Exception, CheckpointException):  # torch's is no Exception
         if not rank0:
             saved = original(load_dir, args, True)[0] or {}
-            check(args, saved.get("args") or Namespace(), str(load_dir))
+            check(args, saved.get("args") or Namespace(), str(load_dir), translated)
         raise
     state_dict = result[0]
     if state_dict is not None and not rank0:
-        check(args, state_dict.get("args") or Namespace(), str(load_dir))
+        check(args, state_dict.get("args") or Namespace(), str(load_dir), translated)
         for module, kept in aside:
             module.put_back(kept, state_dict)
     return result
 
 
-def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
-    """Compare the features of this run with those of the checkpoint in ``folder``.
+def check(args: Namespace, saved_args: Namespace, folder: str, translated: bool = False) -> None:
+    """Compare the features of this run with those of the checkpoint in ``folder``, which Megatron
+    may have translated for a model of another kind.
 
     A standard checkpoint may become a plugin model, with a message; so may any with ``--finetune``.
 
@@ -87,7 +91,7 @@ def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
         if run[key].changes_tensors:
             raise ConfigError(
                 f"checkpoint {folder} is a standard one, and {run[key].title} has other tensors. "
-                f"{conversion(run[key], args, folder)}"
+                f"{conversion(run[key], args, saved_args, folder)}"
             )
         print_rank_0(
             f"{run[key].name}: standard checkpoint loaded into a {run[key].title} model: "
@@ -99,11 +103,11 @@ def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
             print_rank_0(f"{theirs.name}: checkpoint {folder} loaded into stock layers")
             continue
         models = ["hybrid" if hybrid_model(a) else "GPT" for a in (saved_args, args)]
-        if theirs.changes_tensors and models[0] != models[1]:
+        if theirs.changes_tensors and models[0] != models[1] and not translated:
             raise ConfigError(
                 f"checkpoint {folder} is of a {models[0]} model and has {theirs.title}, this run "
-                f"builds a {models[1]} model: Megatron translates only layers that are all alike. "
-                f"Build a {models[0]} model, or load another checkpoint"
+                f"builds a {models[1]} model: only 0.19 and newer translate, and only a GPT's "
+                f"for a hybrid model. Build a {models[0]} model, or load another checkpoint"
             )
         layers = args.num_layers
         if mine is None or function(mine, args, layers) != function(theirs, saved_args, layers):
@@ -122,9 +126,9 @@ def check(args: Namespace, saved_args: Namespace, folder: str) -> None:
             print_rank_0(f"{theirs.name}: checkpoint {folder} {told}: retrain it")
 
 
-def conversion(feature: Any, args: Namespace, folder: str) -> str:
+def conversion(feature: Any, args: Namespace, saved_args: Namespace, folder: str) -> str:
     """How a standard checkpoint becomes one with a feature."""
-    if not getattr(adapter(feature.key()), "CONVERTS", False) or hybrid_model(args):
+    if not getattr(adapter(feature.key()), "CONVERTS", False) or hybrid_model(saved_args):
         return "Train from the start, or load a checkpoint that has them"
     flags = as_flags(feature, args)
     return f"Convert it: python -m megatron_plugins.convert --load {folder} --save NEW {flags}"

@@ -20,6 +20,7 @@ from megatron_plugins.cross_layer_attention.attention import (
     sharing_layer_class,
 )
 from megatron_plugins.cross_layer_attention.groups import Role, check_stages, roles
+from megatron_plugins.cross_layer_attention.migration import translate
 from megatron_plugins.cross_layer_attention.refused import REFUSED
 from megatron_plugins.cross_layer_attention.stacks import attentions
 from megatron_plugins.hybrid import pattern, pattern_of
@@ -33,6 +34,7 @@ __all__ = [
     "function",
     "transform",
     "transform_stack",
+    "translate",
     "validate",
 ]
 

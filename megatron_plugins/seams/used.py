@@ -284,6 +284,13 @@ USED: tuple[Symbol, ...] = (
         remove_when="never",
     ),
     Symbol(
+        id="asked-of-a-gpt",
+        targets=("megatron.core.dist_checkpointing.dict_utils:dict_list_map_inplace",),
+        feature="cross_layer_attention",
+        why="visits what a hybrid model asks a GPT's checkpoint for, to number its layers",
+        remove_when="upstream translates checkpoints whose layers differ",
+    ),
+    Symbol(
         id="parallel-state",
         targets=("megatron.core:parallel_state",),
         feature="any",

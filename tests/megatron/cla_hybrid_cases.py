@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.inference.config import MambaInferenceStateConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,6 +23,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_plugins.cross_layer_attention import translate
 from tests.megatron import cla_cases, cla_inference, ladder_cases
 from tests.megatron.cla_cases import of_stock, randomized
 from tests.megatron.cla_hybrid_table import AGAINST_GPT, BETWEEN, INFERENCE, MIXED, RECOMPUTE
@@ -31,6 +33,11 @@ from tests.megatron.hybrid_table import PATTERN
 from tests.megatron.ladder_cases import backward, difference, gradients, inputs, run
 from tests.megatron.ladder_table import GPT, LLAMA
 from torch_plugins.config import ConfigError, CrossLayerAttention, LadderResidual
+
+try:
+    from megatron.core.dist_checkpointing import gpt_checkpoint_interop as interop
+except ImportError:  # 0.17 and 0.18
+    interop = None
 
 gpt = cla_cases.build
 
@@ -56,6 +63,32 @@ def hybrid(
     return randomized(of(configured(feature, ladder, len(pattern), **options), pattern))
 
 
+def translated(model: Any, expected: Any, pattern: str) -> bool | None:
+    """Whether a stack asks a GPT's checkpoint for what a GPT asks for; None before 0.19."""
+    if interop is None:
+        return None
+    asked, gpts = model.sharded_state_dict(), expected.sharded_state_dict()
+    interop.retarget_sharded_state_dict_to_gpt_checkpoint(
+        asked, interop.gpt_compatible_layer_maps(pattern)
+    )
+    translate(asked)
+    found = []
+    for state in (asked, gpts):
+        apply_factories(state)
+        lists = (value if isinstance(value, list) else [value] for value in state.values())
+        entries = [entry for one in lists for entry in one if hasattr(entry, "prepend_axis_num")]
+        # Only a GPT of local MoE layers has its norms under another name, without the feature too.
+        norms = ("pre_mlp_layernorm", "mlp.linear_fc1.layer_norm") if "E" in pattern else ()
+        found.append(
+            sorted(
+                (entry.key, entry.global_shape, entry.global_offset, entry.prepend_axis_num)
+                for entry in entries
+                if not any(norm in entry.key for norm in norms)
+            )
+        )
+    return found[0] == found[1]
+
+
 def against_gpt(
     feature: CrossLayerAttention,
     gpt_ladder: str | None,
@@ -74,6 +107,7 @@ def against_gpt(
     shards = (one.sharded_state_dict().values() for one in (model, expected))
     keys, gpt_keys = ({s.key for s in own if "self_attention" in s.key} for own in shards)
     return {
+        "translated": translated(model, expected, pattern),
         "logits": (A - B).abs().max().item() / B.abs().max().item(),
         "gradients": difference(
             gradients(model), {of_gpt(name): grad for name, grad in gradients(expected).items()}

@@ -6,6 +6,7 @@ import random
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_plugins import checkpoints
-from megatron_plugins.cross_layer_attention import groups, inference, stacks
+from megatron_plugins.cross_layer_attention import groups, inference, stacks, translate
 from tests.megatron import harness
 from tests.megatron.cla_hybrid_table import AGAINST_GPT, BETWEEN, INFERENCE, MIXED, RECOMPUTE
 from tests.megatron.hybrid_table import PATTERN
@@ -24,6 +25,8 @@ from torch_plugins.config import ConfigError, CrossLayerAttention
 
 CASES = Path(__file__).with_name("cla_hybrid_cases.py")
 FLAG = "--hybrid-layer-pattern"
+TRANSLATES = find_spec("megatron.core.dist_checkpointing.gpt_checkpoint_interop") is not None
+"""Megatron loads a GPT's checkpoint into a hybrid model: 0.19 and newer."""
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,7 @@ def test_a_stack_is_the_same_function_as_a_gpt(cases: dict[str, Any], name: str)
     assert case["logits"] <= 1e-6
     assert case["gradients"] <= 2e-6
     assert case["same sharded keys"]
+    assert case["translated"] is (True if TRANSLATES else None)
 
 
 @pytest.mark.parametrize("name", BETWEEN)
@@ -276,7 +280,7 @@ def test_checkpoints_of_equal_groups_are_equal() -> None:
         ((PATTERN, 4), (PATTERN, 2), "has --cross-layer-attention .*: it has other tensors"),
         ((PATTERN, None), (PATTERN, 2), "has --cross-layer-attention .*: it has other tensors"),
         ((PATTERN, 2), (PATTERN, None), "is a standard one, .* Train from the start"),
-        ((PATTERN, 2), (None, 2), "is of a GPT model .* builds a hybrid model: Megatron transl"),
+        ((PATTERN, 2), (None, 2), "is of a GPT model .* builds a hybrid model: only 0.19"),
         ((None, 2), (PATTERN, 2), "is of a hybrid model .* Build a hybrid model"),
     ],
     ids=["other groups", "off", "standard", "a GPT's", "a hybrid's"],
@@ -298,31 +302,64 @@ ALL = (
 )
 
 
-def train(pattern: str, *flags: object, processes: int = 1) -> harness.Run:
-    environment = {"PYTHONPATH": str(TRAIN.parents[2])}
-    flags = (*ALL, *SPEC, FLAG, pattern, *flags)
-    tiny = harness.without("--num-layers")
+def train(pattern: str, *flags: object, processes: int = 1, check: bool = True) -> harness.Run:
     return harness.train(
-        *flags, tiny=tiny, script=TRAIN, environment=environment, processes=processes
+        *(*ALL, *SPEC, FLAG, pattern, *flags),
+        tiny=harness.without("--num-layers"),
+        script=TRAIN,
+        environment={"PYTHONPATH": str(TRAIN.parents[2])},
+        processes=processes,
+        check=check,
     )
 
 
+Trained = tuple[harness.Run, Path]
+"""Six iterations, and where the third was saved."""
+
+
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[harness.Run, Path]:
-    """Six iterations, and where the third was saved."""
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("straight")
     return train(PATTERN, "--save", folder, "--save-interval", 3), folder
 
 
-def test_a_stack_trains_as_a_gpt(straight: tuple[harness.Run, Path]) -> None:
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("gpt")
+    return harness.train(*ALL, "--save", folder, "--save-interval", 3), folder
+
+
+def test_a_stack_trains_as_a_gpt(straight: Trained, gpt: Trained) -> None:
     """From the same seed, both start with the same weights."""
-    run, _ = straight
-    gpt = harness.train(*ALL)
+    run, expected = straight[0], gpt[0]
     line = "cross-layer-attention: 2 of 4 attention layers share keys and values (producers 0, 4)"
     assert f"{line}, kv norm of their own" in run.output
     assert "ladder-residual: 8 of 8 layers" in run.output
-    assert run.losses == pytest.approx(gpt.losses, rel=1e-6)
-    assert run.grad_norms == pytest.approx(gpt.grad_norms, rel=1e-5)
+    assert run.losses == pytest.approx(expected.losses, rel=1e-6)
+    assert run.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
+
+
+def test_a_stack_goes_on_from_a_gpt(gpt: Trained) -> None:
+    """With its optimizer's state."""
+    run, folder = gpt
+    resumed = train(PATTERN, "--load", folder, "--ckpt-step", 3, check=False)
+    if TRANSLATES:
+        assert_continues(resumed, run, tolerance=0)
+    else:
+        assert "builds a hybrid model: only 0.19 and newer translate" in resumed.output
+
+
+def test_translated_objects_have_an_axis() -> None:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    key = "decoder.layers.self_attention.linear_qkv._extra_state"
+    state = [ShardedObject(key, None, (4,), (2,)), ShardedObject(key, None, (4, 8), (2, 3))]
+    translate({"model": state})
+    assert {entry.key for entry in state} == {key.replace("self", "2.self")}
+    assert [(entry.global_shape, entry.global_offset) for entry in state] == [
+        ((1,), (0,)),
+        ((8,), (3,)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +368,7 @@ def test_a_stack_trains_as_a_gpt(straight: tuple[harness.Run, Path]) -> None:
     ids=["sequence parallel", "virtual pipeline, recompute"],
 )
 def test_resumes_in_other_layouts(
-    straight: tuple[harness.Run, Path], pattern: str, flags: tuple[object, ...]
+    straight: Trained, pattern: str, flags: tuple[object, ...]
 ) -> None:
     run, folder = straight
     resumed = train(pattern, "--load", folder, "--ckpt-step", 3, *flags, processes=2)
