@@ -137,7 +137,7 @@ def print_table(rows: list[dict[str, Any]], shape: Shape, ranks: int, where: str
             f"{row['exposed_ms']:.1f}",
             f"{row['hidden']:.0%}",
         )
-    console = Console(width=120)
+    console = Console(width=132)
     console.print(table)
     console.print(
         "link: time of an all-reduce over compute of a module in the forward. ladder, its ideal,\n"
