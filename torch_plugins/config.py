@@ -96,8 +96,8 @@ class CrossLayerAttention(Feature):
     )
     pattern: str | None = option(
         None,
-        "In place of a sharing factor: the producer of every layer as a comma list (0,0,2,2,...), "
-        "or keep-ends, dense-front, dense-back.",
+        "In place of a sharing factor: the producer of every layer (of a hybrid model, of every "
+        "attention layer) as a comma list (0,0,2,2,...), or keep-ends, dense-front, dense-back.",
         metavar="PATTERN",
     )
     kv_norm: str = option(

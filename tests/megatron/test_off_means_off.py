@@ -113,6 +113,7 @@ def test_import_torch_gets_the_watcher_and_nothing_else(tmp_path):
         "megatron_plugins.seams",
         "megatron_plugins.seams.doors",
         "megatron_plugins.seams.ledger",
+        "megatron_plugins.seams.te",
         "megatron_plugins.seams.used",
         "torch_plugins",
         "torch_plugins.seams",
