@@ -64,11 +64,11 @@ class DesyncResidual(Feature):
         self._require("ranks", whole, "must be a whole number, at least 2")
         self._period()
 
-    def _period(self) -> tuple[bool, ...] | None:
-        """Whether modules reduce, from the first on, to be repeated; None: none before the last."""
+    def _period(self) -> tuple[bool, ...]:
+        """Whether modules reduce, from the first on, to be repeated."""
         text = str(self.pattern)
         if text == "last":
-            return None
+            return (False,)
         if text.endswith("x") and text[:-1].isdecimal() and int(text[:-1]) >= 2:
             return (*[False] * (int(text[:-1]) - 1), True)
         layers = text.split(",")
@@ -88,7 +88,7 @@ class DesyncResidual(Feature):
             ConfigError: every one does, so that the model would be a standard one; or the list has
                 more layers than the model.
         """
-        period, count = self._period() or (False,), 2 * num_layers
+        period, count = self._period(), 2 * num_layers
         self._require(
             "pattern",
             "," not in str(self.pattern) or len(period) <= count,

@@ -10,6 +10,8 @@ Shapes: T ranks, B batch, S tokens, D hidden size, O outputs, I inputs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -84,8 +86,8 @@ class PluginDecoderRankRow(nn.Linear):
 
 def divide(module: nn.Module, ranks: int) -> None:
     """Have the projections of an attention or MLP compute what the ranks would."""
-    for name, linear in module.named_children():
-        if isinstance(linear, nn.Linear):
-            kind = PluginDecoderRankRow if name in ROWS else PluginDecoderRankColumn
-            linear.__class__ = kind
-            linear.ranks = ranks  # type: ignore[assignment]
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            linear: Any = child
+            linear.__class__ = PluginDecoderRankRow if name in ROWS else PluginDecoderRankColumn
+            linear.ranks = ranks
