@@ -113,8 +113,9 @@ def check_stages(config: Any, feature: CrossLayerAttention) -> None:
 
 
 def _remedy(heads: Sequence[int], stages: int, pattern: str | None) -> str:
-    bounds, most = fitting_bounds(heads, stages), len(set(heads))
+    most = len(set(heads))
     if pattern is not None:
+        bounds = fitting_bounds(heads, stages)
         if bounds is not None:
             fitting = stacks.with_borders(pattern, bounds)
             return f"Use --hybrid-layer-pattern '{fitting}' without other layout flags"
@@ -122,8 +123,8 @@ def _remedy(heads: Sequence[int], stages: int, pattern: str | None) -> str:
             f"The stack can be divided into {most} stages at most, and {stages} are asked for: use "
             "fewer (pipeline parallel size times virtual stages), or a smaller sharing factor"
         )
-    if bounds is not None:
-        layout = _layout(bounds, len(heads))
+    layout = fitting_layout(heads, stages)
+    if layout is not None:
         return f"Use --pipeline-model-parallel-layout '{layout}' in place of the other layout flags"
     return (
         f"There are {most} groups for {stages} stages: use at most {most} stages "
@@ -149,10 +150,8 @@ def fitting_bounds(heads: Sequence[int], stages: int) -> list[int] | None:
 def fitting_layout(heads: Sequence[int], stages: int) -> str | None:
     """The same of a GPT model, as Megatron spells it: ``"Ett*2|tt|ttL"``."""
     bounds = fitting_bounds(heads, stages)
-    return None if bounds is None else _layout(bounds, len(heads))
-
-
-def _layout(bounds: Sequence[int], num_layers: int) -> str:
-    counts = [end - start for start, end in zip(bounds, [*bounds[1:], num_layers], strict=True)]
+    if bounds is None:
+        return None
+    counts = [end - start for start, end in zip(bounds, [*bounds[1:], len(heads)], strict=True)]
     words = [f"t*{count}" if count > 1 else "t" for count in counts]
     return "E" + "|".join(words) + "L"
